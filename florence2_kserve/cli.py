@@ -1,0 +1,214 @@
+"""The command line: ``florence2 transformer | predictor | serve | demo | infer | evaluate-embedded``.
+
+Server commands take every field of ``Settings`` that means something to them as a flag, with
+hyphens or underscores, so that what KServe's controller injects fits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from florence2_kserve import __version__
+from florence2_kserve.settings import ENV_PREFIX, PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Settings
+
+app = typer.Typer(
+    help="Microsoft Florence-2 on KServe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def settings_command(name: str, fields: Sequence[str]) -> Callable[[Callable[[Settings], None]], None]:
+    """Registers a command whose flags are `fields` of Settings.
+
+    Args:
+        name: The command's name.
+        fields: Which fields become flags.
+
+    Returns:
+        A decorator for a function that takes the settings.
+    """
+
+    def register(function: Callable[[Settings], None]) -> None:
+        def command(**given: Any) -> None:
+            function(read_settings({key: value for key, value in given.items() if value is not None}))
+
+        parameters = []
+        for field in fields:
+            spec = Settings.model_fields[field]
+            flags = dict.fromkeys((f"--{field.replace('_', '-')}", f"--{field}"))
+            # Values stay text here: pydantic reads them, as it reads the environment's.
+            option = typer.Option(
+                *flags, help=f"{spec.description} [env: {ENV_PREFIX}{field.upper()}] [default: {spec.default}]"
+            )
+            annotation = Annotated[str | None, option]
+            parameters.append(
+                inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = function.__doc__
+        command.__name__ = function.__name__
+        app.command(name)(command)
+
+    return register
+
+
+def read_settings(given: dict[str, Any]) -> Settings:
+    """Returns the settings: `given` over the environment over defaults; a wrong value ends the program.
+
+    Raises:
+        typer.BadParameter: If a value doesn't fit; names the flag.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = "; ".join(f"--{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise typer.BadParameter(problems) from None
+
+
+@settings_command("transformer", TRANSFORMER_FIELDS)
+def transformer(settings: Settings) -> None:
+    """Serve the transformer: images and task prompts in, answers out. Needs a predictor."""
+    from florence2_kserve.sdk import import_sdk
+
+    import_sdk(settings)
+    from florence2_kserve.server import Florence2Server
+    from florence2_kserve.transformer import Florence2Transformer
+
+    _serve(lambda: Florence2Server(settings).start([Florence2Transformer(settings)]))
+
+
+@settings_command("predictor", PREDICTOR_FIELDS)
+def predictor(settings: Settings) -> None:
+    """Serve the predictor: the model itself. Needs the extra [predictor]."""
+    from florence2_kserve.sdk import import_sdk
+
+    import_sdk(settings)
+    from florence2_kserve.predictor import Florence2Predictor
+    from florence2_kserve.server import Florence2Server
+
+    _serve(lambda: Florence2Server(settings).start([Florence2Predictor(settings)]))
+
+
+@settings_command("serve", list(dict.fromkeys([*TRANSFORMER_FIELDS, *PREDICTOR_FIELDS])))
+def serve(settings: Settings) -> None:
+    """Serve transformer and predictor together on this machine, as two processes under this one."""
+    from florence2_kserve.local import run_local
+
+    raise typer.Exit(run_local(settings))
+
+
+@app.command()
+def infer(
+    image: Annotated[Path, typer.Argument(help="An image file.", exists=True, dir_okay=False)],
+    task: Annotated[str, typer.Option(help="Task prompt, with or without angle brackets.")] = "<CAPTION>",
+    text: Annotated[str | None, typer.Option(help="Text or region, for tasks that take one.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running service, http://… or grpc://…; without it one is started.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint, where a service is started.")] = "embedded",
+    num_beams: Annotated[int | None, typer.Option(help="Beams.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Bound on generated tokens.")] = None,
+) -> None:
+    """Answer one question about one image and print the JSON."""
+    from florence2_kserve.client import ClientError, Florence2Client
+    from florence2_kserve.local import LocalService
+
+    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    parameters = {key: value for key, value in options.items() if value is not None}
+
+    def ask(address: str) -> None:
+        with Florence2Client(address) as client:
+            typer.echo(json.dumps(client.infer(image, task, text, **parameters), ensure_ascii=False))
+
+    try:
+        if url is not None:
+            ask(url)
+        else:
+            with LocalService(model=model) as service:
+                ask(service.rest_url)
+    except (ClientError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the annotated picture goes.")] = Path("demo-output"),
+    model: Annotated[str, typer.Option(help="Checkpoint to try.")] = "embedded",
+) -> None:
+    """Start the service, ask it about drawn pictures, and show answers beside the truth."""
+    from florence2_kserve.demo import run_demo
+
+    raise typer.Exit(run_demo(output, model))
+
+
+@app.command("evaluate-embedded")
+def evaluate_embedded(
+    scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 500,
+    url: Annotated[str | None, typer.Option(help="A running service; without it one is started.")] = None,
+    write_card: Annotated[bool, typer.Option(help="Write the table into the model card.")] = False,
+) -> None:
+    """Score the embedded model on held-out scenes, through the service, by beam search."""
+    from florence2_kserve.demo import run_evaluation
+
+    raise typer.Exit(run_evaluation(scenes, url, write_card))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _serve(run: Callable[[], None]) -> None:
+    """Runs a server; what makes it fail at start is said in one line, and the process ends with 1."""
+    from kserve.logging import logger
+
+    from florence2_kserve.model_files import ModelFilesError
+
+    try:
+        run()
+    except (ModelFilesError, ValueError, OSError, RuntimeError) as error:
+        logger.exception("server failed")
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        # Threads of a broken engine must not keep the process alive.
+        os._exit(1)
+
+
+def complete_switches(arguments: Sequence[str]) -> list[str]:
+    """Returns `arguments` with ``=true`` behind bare switches: KServe passes some without a value, some with one."""
+    switches = {
+        flag
+        for field, spec in Settings.model_fields.items()
+        if spec.annotation is bool
+        for flag in (f"--{field}", f"--{field.replace('_', '-')}")
+    }
+    followed_by_value = [not following.startswith("-") for following in arguments[1:]] + [False]
+    return [
+        f"{argument}=true" if argument in switches and not has_value else argument
+        for argument, has_value in zip(arguments, followed_by_value, strict=True)
+    ]
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(complete_switches(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The generation engine: torch and transformers only, no kserve and no server code."""

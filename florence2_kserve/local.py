@@ -1,0 +1,140 @@
+"""Transformer and predictor together on one machine: two processes, for a laptop, demos and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from florence2_kserve.client import Florence2Client
+from florence2_kserve.settings import PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Settings
+
+LOOPBACK = "127.0.0.1"
+_POLL_S = 0.1
+
+
+def free_port() -> int:
+    """Returns a TCP port of the loopback address that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        return int(listener.getsockname()[1])
+
+
+def run_local(settings: Settings) -> int:
+    """Runs both processes until one ends or a signal comes, then ends the other.
+
+    Args:
+        settings: Of both; ports and host are the transformer's, the predictor listens on loopback.
+
+    Returns:
+        The exit code: 0 after a signal, else that of the process that ended by itself.
+    """
+    internal = {"host": LOOPBACK, "http_port": free_port(), "grpc_port": free_port(), "drain_seconds": 0}
+    predictor = settings.model_copy(update=internal)
+    transformer = settings.model_copy(
+        update={"predictor_host": f"{LOOPBACK}:{predictor.grpc_port}", "enable_predictor_health_check": True}
+    )
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    # The transformer comes first in the list: it is stopped first, so that it can still drain.
+    children = [
+        _start("transformer", transformer, TRANSFORMER_FIELDS),
+        _start("predictor", predictor, PREDICTOR_FIELDS),
+    ]
+    try:
+        while not signals and all(child.poll() is None for child in children):
+            time.sleep(_POLL_S)
+        ended = [child.returncode for child in children if child.poll() is not None]
+        return 0 if signals else next((code for code in ended if code), 1)
+    finally:
+        for child in children:
+            _end(child, settings.drain_seconds + settings.grace_period + 10)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class LocalService:
+    """``florence2 serve`` on free ports of the loopback address, as a context manager.
+
+    Args:
+        timeout: Seconds until it has to be ready.
+        **flags: Fields of Settings.
+
+    Attributes:
+        rest_url: ``http://127.0.0.1:port``.
+        grpc_url: ``127.0.0.1:port``.
+    """
+
+    def __init__(self, *, timeout: float = 180.0, **flags: Any) -> None:
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self.rest_url, self.grpc_url = f"http://{LOOPBACK}:{self.http_port}", f"{LOOPBACK}:{self.grpc_port}"
+        self._timeout = timeout
+        self._flags = {"host": LOOPBACK, "http_port": self.http_port, "grpc_port": self.grpc_port, **flags}
+        self._log = tempfile.NamedTemporaryFile(prefix="florence2-serve-", suffix=".log", delete=False)  # noqa: SIM115
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "florence2_kserve.cli", "serve"]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in self._flags.items()]
+        # A session of its own: Ctrl-C in a terminal then reaches the service through us alone, once.
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        end = time.monotonic() + self._timeout
+        name = str(self._flags.get("model_name", Settings.model_fields["model_name"].default))
+        try:
+            with Florence2Client(self.rest_url, model_name=name) as client:
+                while not client.is_ready():
+                    if self.process.poll() is not None:
+                        raise RuntimeError(f"the service ended while starting:\n{self.log_tail()}")
+                    if time.monotonic() >= end:
+                        raise RuntimeError(f"the service isn't ready after {self._timeout:g} s:\n{self.log_tail()}")
+                    time.sleep(_POLL_S)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            _end(self.process, 60)
+        self._log.close()
+        Path(self._log.name).unlink(missing_ok=True)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """Returns the last lines of both processes' logs."""
+        return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-lines:])
+
+
+def _start(command: str, settings: Settings, fields: list[str]) -> subprocess.Popen[bytes]:
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in dict.fromkeys(fields)
+        if (value := getattr(settings, name)) != Settings.model_fields[name].default
+    ]
+    # Flags say it all: a variable meant for the one process must not reach the other.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FLORENCE2_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "florence2_kserve.cli", command, *flags], env=environment, start_new_session=True
+    )
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

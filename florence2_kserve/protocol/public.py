@@ -1,0 +1,340 @@
+"""The public contract: what clients send to the transformer and what they get back.
+
+``INPUT_IMAGE`` [B] or [B,1] and ``TASK_PROMPT`` [B], [B,1] or [B,T] make B·T rows, each one
+question about one image; ``TEXT_PROMPT``, if sent, has TASK_PROMPT's shape.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.protocol.tensors import Tensor, bytes_array, from_infer_input, to_infer_output
+from florence2_kserve.tasks import Task, TaskInput, find_task
+
+if TYPE_CHECKING:
+    from kserve.protocol.infer_type import InferRequest, InferResponse
+
+INPUT_IMAGE, TASK_PROMPT, TEXT_PROMPT = "INPUT_IMAGE", "TASK_PROMPT", "TEXT_PROMPT"
+PARSED_JSON, GENERATED_TEXT, SCORES = "PARSED_JSON", "GENERATED_TEXT", "SCORES"
+REQUIRED_INPUTS = (INPUT_IMAGE, TASK_PROMPT)
+INPUTS = (INPUT_IMAGE, TASK_PROMPT, TEXT_PROMPT)
+OUTPUTS = {PARSED_JSON: "BYTES", GENERATED_TEXT: "BYTES", SCORES: "FP32"}
+DEFAULT_OUTPUTS = (PARSED_JSON,)
+
+# Request parameters that belong to the wire format and not to us.
+_TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})
+_IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("has to be a number, not true or false")
+    return value
+
+
+_Number = BeforeValidator(_not_bool)
+
+
+class GenerationOptions(BaseModel):
+    """Request parameters; numbers may also come as strings, since gRPC has no fractions.
+
+    Attributes:
+        max_new_tokens: Bound on generated tokens; None takes the task's.
+        num_beams: Width of the beam search; None takes the checkpoint's.
+        length_penalty: Exponent of the length a finished beam's score is divided by; None takes the checkpoint's.
+        timeout_ms: Milliseconds after which the answer is worthless; None takes the server's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: Annotated[int, _Number, Field(ge=1)] | None = None
+    num_beams: Annotated[int, _Number, Field(ge=1)] | None = None
+    length_penalty: Annotated[float, _Number, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
+    timeout_ms: Annotated[int, _Number, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one request may ask for on this server."""
+
+    max_rows: int
+    max_num_beams: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question about one image.
+
+    Attributes:
+        image: Index of the image in the call.
+        task: The task.
+        text: Text or region that goes with it, "" where the task takes none.
+        label: How errors name the row: its index along the batch axis, and the task's where there are several.
+    """
+
+    image: int
+    task: Task
+    text: str
+    label: int
+
+
+@dataclass(slots=True)
+class InferenceCall:
+    """A client's request, checked and in our own terms.
+
+    Attributes:
+        id: Request id, echoed in the answer.
+        model_name: Name of the model asked for.
+        images: B encoded images, as bytes.
+        rows: B·T questions, row-major.
+        shape: TASK_PROMPT's shape, which the outputs take on.
+        outputs: Names of the outputs asked for.
+        options: Request parameters.
+    """
+
+    id: str
+    model_name: str
+    images: list[bytes]
+    rows: list[Row]
+    shape: list[int]
+    outputs: tuple[str, ...]
+    options: GenerationOptions
+
+
+@dataclass(slots=True)
+class RowAnswer:
+    """One row's answer.
+
+    Attributes:
+        value: The structured answer: a text, or a mapping of lists.
+        text: The generated tokens as text.
+        score: Log-probability of the sequence, normalised as beam search does.
+    """
+
+    value: Any
+    text: str
+    score: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
+    """Checks a request and puts it into our own terms.
+
+    Args:
+        request: The SDK's request, from REST or gRPC.
+        bounds: What a request may ask for here.
+
+    Raises:
+        BadTensor: If a tensor is missing, misnamed, of the wrong type or shape, or one of its rows is wrong.
+        BadRequest: If a parameter or an output's name is wrong.
+    """
+    tensors = _named_tensors(request)
+    images = _image_column(tensors[INPUT_IMAGE])
+    prompts = tensors[TASK_PROMPT].data
+    _check_bytes(tensors[TASK_PROMPT])
+    if prompts.ndim not in (1, 2) or prompts.shape[0] != len(images):
+        raise BadTensor(
+            TASK_PROMPT,
+            f"shape {list(prompts.shape)} doesn't go with {len(images)} images: "
+            f"expected [{len(images)}], [{len(images)},1] or [{len(images)},T] for T tasks on each image",
+        )
+    if prompts.size == 0:
+        raise BadTensor(TASK_PROMPT, f"shape {list(prompts.shape)} holds no task")
+    if prompts.size > bounds.max_rows:
+        raise BadTensor(TASK_PROMPT, f"{prompts.size} rows are over this server's bound max_rows={bounds.max_rows}")
+    texts = _text_column(tensors.get(TEXT_PROMPT), prompts.shape)
+    tasks_per_image = prompts.size // len(images)
+    rows = [
+        _row(index // tasks_per_image, prompt, texts[index] if texts else None)
+        for index, prompt in enumerate(prompts.flat)
+    ]
+    return InferenceCall(
+        id=request.id or "",
+        model_name=request.model_name,
+        images=[_image_bytes(value, row) for row, value in enumerate(images)],
+        rows=rows,
+        shape=[int(n) for n in prompts.shape],
+        outputs=_requested_outputs(request),
+        options=read_options(request.parameters, bounds),
+    )
+
+
+def write_answer(call: InferenceCall, answers: Sequence[RowAnswer], parameters: Mapping[str, Any]) -> InferResponse:
+    """Returns the SDK's response for `call`, one answer a row, holding the outputs that were asked for.
+
+    Args:
+        call: The request.
+        answers: Answers in the order of its rows.
+        parameters: Response parameters: strings, booleans or integers (gRPC has no others).
+    """
+    from kserve.protocol.infer_type import InferResponse
+
+    columns: dict[str, np.ndarray[Any, Any]] = {}
+    if PARSED_JSON in call.outputs:
+        columns[PARSED_JSON] = bytes_array(
+            [
+                json.dumps({row.task.name: answer.value}, ensure_ascii=False).encode()
+                for row, answer in zip(call.rows, answers, strict=True)
+            ]
+        )
+    if GENERATED_TEXT in call.outputs:
+        columns[GENERATED_TEXT] = bytes_array([answer.text.encode() for answer in answers])
+    if SCORES in call.outputs:
+        columns[SCORES] = np.array([answer.score for answer in answers], dtype=np.float32)
+    return InferResponse(
+        response_id=call.id,
+        model_name=call.model_name,
+        infer_outputs=[to_infer_output(Tensor(name, columns[name].reshape(call.shape))) for name in call.outputs],
+        parameters=dict(parameters),
+    )
+
+
+def describe_inputs() -> list[dict[str, Any]]:
+    """Returns the inputs as V2 model metadata lists them; -1 is any size."""
+    return [{"name": name, "datatype": "BYTES", "shape": [-1, -1]} for name in INPUTS]
+
+
+def describe_outputs() -> list[dict[str, Any]]:
+    """Returns the outputs as V2 model metadata lists them."""
+    return [{"name": name, "datatype": datatype, "shape": [-1, -1]} for name, datatype in OUTPUTS.items()]
+
+
+def decode_base64(value: bytes) -> bytes:
+    """Decodes base64 as people send it: plain or URL-safe, with or without padding and white space.
+
+    Raises:
+        ValueError: If it isn't base64.
+    """
+    compact = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"not valid base64: {error}") from None
+
+
+def _named_tensors(request: InferRequest) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for infer_input in request.inputs:
+        if infer_input.name not in INPUTS:
+            raise BadTensor(infer_input.name, f"unknown input; expected {', '.join(INPUTS)}")
+        if infer_input.name in tensors:
+            raise BadTensor(infer_input.name, "given twice")
+        tensors[infer_input.name] = from_infer_input(infer_input)
+    for name in REQUIRED_INPUTS:
+        if name not in tensors:
+            raise BadTensor(name, "required input is missing")
+    return tensors
+
+
+def _check_bytes(tensor: Tensor) -> None:
+    if tensor.datatype != "BYTES":
+        raise BadTensor(tensor.name, f"expected datatype BYTES, got {tensor.datatype}")
+
+
+def _image_column(tensor: Tensor) -> list[bytes]:
+    _check_bytes(tensor)
+    shape = tensor.data.shape
+    if tensor.data.ndim not in (1, 2) or (tensor.data.ndim == 2 and shape[1] != 1):
+        raise BadTensor(tensor.name, f"expected shape [B] or [B,1], got {list(shape)}")
+    if tensor.data.size == 0:
+        raise BadTensor(tensor.name, f"shape {list(shape)} holds no image")
+    return list(tensor.data.flat)
+
+
+def _text_column(tensor: Tensor | None, shape: tuple[int, ...]) -> list[bytes]:
+    if tensor is None:
+        return []
+    _check_bytes(tensor)
+    if math.prod(tensor.data.shape) != math.prod(shape) or tensor.data.shape[0] != shape[0]:
+        raise BadTensor(tensor.name, f"expected TASK_PROMPT's shape {list(shape)}, got {list(tensor.data.shape)}")
+    return list(tensor.data.flat)
+
+
+def _decode_text(tensor: str, row: int, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise BadTensor(tensor, f"not valid UTF-8: {error.reason} at byte {error.start}", row=row) from None
+
+
+def _row(image: int, prompt: bytes, text: bytes | None) -> Row:
+    name = _decode_text(TASK_PROMPT, image, prompt)
+    try:
+        task = find_task(name)
+    except KeyError as error:
+        raise BadTensor(TASK_PROMPT, error.args[0], row=image) from None
+    words = _decode_text(TEXT_PROMPT, image, text).strip() if text is not None else ""
+    if task.takes is TaskInput.NONE and words:
+        raise BadTensor(TEXT_PROMPT, f"{task.name} takes no text, got {_shorten(words)!r}", row=image)
+    if task.takes is not TaskInput.NONE and not words:
+        kind = "a text" if task.takes is TaskInput.TEXT else "a region (<loc_…>×4, or a pixel box [x1,y1,x2,y2])"
+        raise BadTensor(TEXT_PROMPT, f"{task.name} needs {kind}, got none", row=image)
+    return Row(image, task, words, image)
+
+
+def _image_bytes(value: bytes, row: int) -> bytes:
+    if not value:
+        raise BadTensor(INPUT_IMAGE, "is empty", row=row)
+    if value.startswith(_IMAGE_MAGIC):
+        return value
+    text = value
+    if value[:5].lower() == b"data:":
+        header, comma, text = value.partition(b",")
+        if not comma or not header.rstrip().lower().endswith(b";base64"):
+            raise BadTensor(INPUT_IMAGE, "data: URI has to be base64-coded (data:image/…;base64,…)", row=row)
+    try:
+        image = decode_base64(text)
+    except ValueError as error:
+        raise BadTensor(INPUT_IMAGE, f"{error}, nor the bytes of an image in a known format", row=row) from None
+    if not image:
+        raise BadTensor(INPUT_IMAGE, "is empty", row=row)
+    return image
+
+
+def _requested_outputs(request: InferRequest) -> tuple[str, ...]:
+    if not request.request_outputs:
+        return DEFAULT_OUTPUTS
+    names = tuple(dict.fromkeys(output.name for output in request.request_outputs))
+    for name in names:
+        if name not in OUTPUTS:
+            raise BadRequest(f"unknown output {name!r}; known: {', '.join(OUTPUTS)}")
+    return names
+
+
+def read_options(parameters: Mapping[str, Any] | None, bounds: Bounds) -> GenerationOptions:
+    from kserve.protocol.infer_type import to_http_parameters
+
+    plain: dict[str, Any] = to_http_parameters(parameters) if parameters else {}
+    try:
+        options = GenerationOptions.model_validate(
+            {key: value for key, value in plain.items() if key not in _TRANSPORT_PARAMETERS}
+        )
+    except ValidationError as error:
+        raise BadRequest("; ".join(_explain(problem) for problem in error.errors())) from None
+    for name, bound in (("num_beams", bounds.max_num_beams), ("max_new_tokens", bounds.max_new_tokens)):
+        value = getattr(options, name)
+        if value is not None and value > bound:
+            raise BadRequest(f"parameter {name}: {value} is over this server's bound of {bound}")
+    return options
+
+
+def _explain(problem: Any) -> str:
+    name = problem["loc"][0]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown parameter {name!r}; known: {', '.join(GenerationOptions.model_fields)}"
+    return f"parameter {name}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,343 @@
+"""What the kserve SDK's model server lacks: our REST codec, errors, health, drain and disconnect watch.
+
+The SDK makes one FastAPI application when it is imported; routes that are on it before the
+server starts win over the SDK's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import kserve.model_server
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from kserve import Model, ModelServer
+from kserve.errors import ModelNotFound
+from kserve.logging import logger
+from kserve.predictor_config import PredictorConfig
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc
+from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
+from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.grpc.servicer import InferenceServicer
+from kserve.protocol.rest.server import RESTServer
+from starlette.requests import ClientDisconnect
+
+from florence2_kserve import __version__, errors
+from florence2_kserve.protocol.rest import decode_request, encode_response
+from florence2_kserve.settings import Settings
+
+T = TypeVar("T")
+
+LIVENESS = "liveness"  # gRPC health service that stays SERVING while the model loads or drains
+_HEALTH_WATCH_S = 0.5
+
+
+class TruthfulDataPlane(DataPlane):
+    """The SDK's data plane, ready only while every model is and the server doesn't drain."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.draining = False
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns the V2 server metadata."""
+        return {"name": "florence2-kserve", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    async def model_metadata(self, model_name: str) -> dict[str, Any]:
+        """Returns the V2 metadata of a model."""
+        return await super().model_metadata(model_name) | {"platform": "florence2-kserve"}
+
+    async def ready(self) -> bool:
+        """Whether all models answer requests."""
+        if self.draining:
+            return False
+        names = list(self.model_registry.get_models())
+        return bool(names) and all([await self.model_registry.is_model_ready(name) for name in names])
+
+    async def model_ready(self, model_name: str, disable_predictor_health_check: bool = False) -> bool:
+        """Whether one model answers requests.
+
+        Raises:
+            ModelNotFound: If there is no such model.
+        """
+        return await super().model_ready(model_name, disable_predictor_health_check) and not self.draining
+
+
+class _Health(health_pb2_grpc.HealthServicer):
+    """The standard gRPC health service: "" and the model's name tell readiness, "liveness" tells life."""
+
+    def __init__(self, dataplane: TruthfulDataPlane) -> None:
+        self._dataplane = dataplane
+
+    async def _status(self, service: str) -> int:
+        try:
+            if service == LIVENESS:
+                serving = True
+            elif service in ("", "inference.GRPCInferenceService"):
+                serving = await self._dataplane.ready()
+            else:
+                serving = await self._dataplane.model_ready(service)
+        except ModelNotFound:
+            return int(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        status = health_pb2.HealthCheckResponse
+        return int(status.SERVING if serving else status.NOT_SERVING)
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        status = await self._status(request.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            raise errors.NotFound(f"no service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802, the protocol's name
+        last = None
+        while True:
+            status = await self._status(request.service)
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status)
+            await asyncio.sleep(_HEALTH_WATCH_S)
+
+
+class _ClosedRepository(InferenceServicer):
+    """The SDK's servicer without loading and unloading by clients."""
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        raise _repository_closed()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        raise _repository_closed()
+
+
+class _GrpcServer(GRPCServer):
+    """The SDK's gRPC server with health and an address to listen on."""
+
+    def __init__(self, settings: Settings, dataplane: TruthfulDataPlane, repository: Any) -> None:
+        super().__init__(settings.grpc_port, dataplane, repository, kwargs={}, grace_period=settings.grace_period)
+        self._settings = settings
+
+    async def start(self, max_workers: int) -> None:
+        """Serves until stopped."""
+        settings = self._settings
+        self._server = aio.server(
+            ThreadPoolExecutor(max_workers=max_workers),
+            interceptors=(ExceptionToStatusInterceptor(),),
+            options=[
+                ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
+                ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
+                # Two servers on one port would share requests at random; better fail at start.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        servicer = InferenceServicer if settings.open_model_repository else _ClosedRepository
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            servicer(self._data_plane, self._model_repository_extension), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(_Health(self._data_plane), self._server)
+        self._server.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+        await self._server.start()
+        logger.info("gRPC on %s:%d", settings.host, settings.grpc_port)
+        await self._server.wait_for_termination()
+
+
+class Florence2Server(ModelServer):
+    """Serves one model over REST and gRPC, and leaves no request unanswered when it ends.
+
+    Args:
+        settings: Ports, limits and times.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            http_port=settings.http_port,
+            grpc_port=settings.grpc_port,
+            max_threads=settings.max_threads,
+            max_asyncio_workers=settings.max_asyncio_workers,
+            enable_grpc=settings.enable_grpc,
+            enable_latency_logging=settings.enable_latency_logging,
+            access_log_format=settings.access_log_format,
+            event_loop=settings.event_loop,
+            timeout_keep_alive=settings.timeout_keep_alive,
+            grace_period=settings.grace_period,
+            # The transformer calls its predictor by itself; the SDK's own client stays unused.
+            predictor_config=PredictorConfig(predictor_host=None, predictor_protocol="grpc-v2"),
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+        self._settings = settings
+        self.dataplane = TruthfulDataPlane(model_registry=self.registered_models)
+        add_routes(kserve.model_server.app, self.dataplane, settings)
+
+    def start(self, models: list[Any]) -> None:
+        """Serves until SIGTERM or SIGINT, or until a part fails.
+
+        Raises:
+            Exception: What made the model or a server fail.
+        """
+        if self._settings.workers > 1:
+            logger.warning("workers=%d: one process serves; scale by replicas", self._settings.workers)
+        self._register_and_check_atleast_one_model_is_ready(models)
+        asyncio.run(self._run(models))
+
+    async def _run(self, models: list[Model]) -> None:
+        self.setup_event_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        rest = RESTServer(
+            "kserve.model_server:app",
+            self.dataplane,
+            self.model_repository_extension,
+            self.http_port,
+            access_log_format=self.access_log_format,
+            grace_period=self.grace_period,
+            event_loop=self.event_loop,
+            timeout_keep_alive=self.timeout_keep_alive,
+            ssl_certfile=self.ssl_certfile,
+            ssl_keyfile=self.ssl_keyfile,
+        )
+        rest.config.host = self._settings.host
+        # uvicorn would close its listener at the first signal, before the drain.
+        rest._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        grpc = _GrpcServer(self._settings, self.dataplane, self.model_repository_extension)
+        rest_task = asyncio.create_task(rest.start())
+        parts = [rest_task, *map(asyncio.ensure_future, self.servers)]
+        if self.enable_grpc:
+            parts.append(asyncio.create_task(grpc.start(self.max_threads)))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await _until_stopped(stopping, parts)
+            self.dataplane.draining = True
+            logger.info("draining: not ready for %g s, then no new requests", self._settings.drain_seconds)
+            await asyncio.sleep(self._settings.drain_seconds)
+        finally:
+            self.dataplane.draining = True
+            # Both at once: neither protocol goes on taking requests while the other one drains.
+            rest._server.should_exit = True
+            await asyncio.gather(rest_task, grpc.stop(), return_exceptions=True)
+            for model in models:
+                if close := getattr(model, "close", None):
+                    await close()
+                await asyncio.to_thread(model.stop)
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        logger.info("stopped")
+
+
+def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -> None:
+    """Puts our routes and the error handler on the SDK's application, ahead of the SDK's own routes.
+
+    Args:
+        app: The SDK's application.
+        dataplane: Where models are looked up.
+        settings: Limits.
+    """
+
+    @app.exception_handler(errors.ServiceError)
+    async def explain(request: Request, error: errors.ServiceError) -> Response:
+        return JSONResponse({"error": error.details}, status_code=error.http_status, headers=error.headers)
+
+    @app.get("/v2/health/ready", tags=["V2"])
+    async def ready() -> dict[str, bool]:
+        if not await dataplane.ready():
+            raise errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
+        return {"ready": True}
+
+    @app.post("/v2/models/{model_name}/infer", tags=["V2"])
+    async def infer(request: Request, model_name: str) -> Response:
+        try:
+            body = await _read_body(request, settings.max_body_bytes)
+            return await _until_disconnect(request, _infer(body, dict(request.headers), model_name, dataplane))
+        except (errors.ServiceError, ModelNotFound):
+            raise
+        except ClientDisconnect:
+            raise errors.ClientGone("the client closed the connection while sending") from None
+        except Exception as error:
+            # Left to the SDK, this would answer 500 and reset the connection's next request.
+            logger.exception("request failed")
+            raise errors.Internal(f"internal error: {type(error).__name__}") from error
+
+    if not settings.open_model_repository:
+
+        @app.post("/v2/repository/models/{model_name}/load", tags=["V2"])
+        @app.post("/v2/repository/models/{model_name}/unload", tags=["V2"])
+        async def closed(model_name: str) -> Response:
+            raise _repository_closed()
+
+
+async def _infer(body: bytes, headers: dict[str, str], model_name: str, dataplane: DataPlane) -> Response:
+    model = dataplane.get_model_from_registry(model_name)
+    if not await model.healthy():
+        raise errors.Unavailable("the model isn't ready")
+    infer_request = decode_request(body, headers, model_name)
+    response, _ = await model(infer_request, headers=headers)
+    content, content_headers = encode_response(response, infer_request)
+    return Response(content, headers=content_headers)
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    chunks: list[bytes] = []
+    size = 0
+    too_large = announced.isdigit() and int(announced) > limit
+    # An over-large body is still read to its end, though not kept: else the connection would be
+    # reset before the client has read why.
+    async for chunk in request.stream():
+        size += len(chunk)
+        too_large = too_large or size > limit
+        if too_large:
+            chunks.clear()
+            if size > 2 * limit:
+                break
+        else:
+            chunks.append(chunk)
+    if too_large:
+        raise errors.TooLarge(f"the request body is over the limit of {limit} bytes")
+    return b"".join(chunks)
+
+
+async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Returns what `work` returns, and cancels it if the client goes away meanwhile."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise errors.ClientGone("the client closed the connection")
+        return task.result()
+    finally:
+        for pending in (task, watch):
+            pending.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    # The body has been read, so what still comes from the connection is its end.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future[Any]]) -> None:
+    """Waits for `stopping`; parts may end well before that (a model that has loaded), but not fail.
+
+    Raises:
+        Exception: What a part failed with.
+    """
+    running = set(parts)
+    while not stopping.done():
+        done, running = await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+        running.discard(stopping)
+        for part in done - {stopping}:
+            part.result()
+
+
+def _repository_closed() -> errors.Forbidden:
+    return errors.Forbidden("loading and unloading by clients is off; the setting open_model_repository opens it")

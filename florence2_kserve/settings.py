@@ -1,0 +1,160 @@
+"""The one settings class: environment variables, command-line flags and chart values share its names.
+
+A field ``max_queue_size`` is the flag ``--max-queue-size`` (or ``--max_queue_size``, as
+KServe's controller spells flags) and the variable ``FLORENCE2_MAX_QUEUE_SIZE``. Flags win
+over variables, variables over defaults. Fields marked ``KServe`` are those of KServe's own
+model server, under its names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "FLORENCE2_"
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """All settings of transformer and predictor; each field's description says what it does."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="ignore", protected_namespaces=(), frozen=True, validate_default=True
+    )
+
+    # The model
+    model: str = Field("embedded", description='Checkpoint: "embedded", a folder such as /mnt/models, or a hub id.')
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:N"; only "auto" may fall back to CPU.')
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "float32", description='Weights\' data type; "auto" keeps the stored one.'
+    )
+
+    # The engine
+    max_batch_size: int = Field(8, ge=1, description="Rows decoded together.")
+    max_queue_size: int = Field(256, ge=1, description="Rows that may wait; beyond it requests get 429.")
+    max_num_beams: int = Field(8, ge=1, description="Largest num_beams that a request may ask for.")
+
+    # Limits on what clients send
+    max_body_mib: float = Field(64, gt=0, description="Largest request body, in MiB, over REST and gRPC.")
+    max_image_mib: float = Field(20, gt=0, description="Largest encoded image, in MiB.")
+    max_image_megapixels: float = Field(64, gt=0, description="Largest decoded image, in millions of pixels.")
+    max_rows: int = Field(64, ge=1, description="Largest number of answers (images times tasks) in one request.")
+    request_timeout_seconds: float = Field(600, gt=0, description="Time for a request that names no timeout_ms.")
+
+    # Life cycle
+    drain_seconds: float = Field(
+        0, ge=0, description="Time after SIGTERM in which the server reports not ready but still answers."
+    )
+    grace_period: int = Field(30, ge=0, description="Time after that for requests in flight to finish.")
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    open_model_repository: bool = Field(
+        False, description="Let clients load and unload the model by the repository extension."
+    )
+
+    # KServe: the server
+    model_name: str = Field("florence2", description="Name of the model in the URL (KServe).")
+    http_port: int = Field(8080, ge=1, le=65535, description="REST port (KServe).")
+    grpc_port: int = Field(8081, ge=1, le=65535, description="gRPC port (KServe).")
+    workers: int = Field(1, ge=1, description="Accepted for KServe; one process serves, scale by replicas (KServe).")
+    max_threads: int = Field(4, ge=1, description="gRPC handler threads (KServe).")
+    max_asyncio_workers: int | None = Field(None, ge=1, description="Threads for decoding and tokenising (KServe).")
+    enable_grpc: bool = Field(True, description="Serve gRPC too (KServe).")
+    enable_docs_url: bool = Field(False, description="Serve /docs (KServe).")
+    enable_latency_logging: bool = Field(False, description="Log each request's phases (KServe).")
+    configure_logging: bool = Field(True, description="Let the SDK set up logging (KServe).")
+    log_config_file: str | None = Field(None, description="Logging configuration, YAML or JSON (KServe).")
+    access_log_format: str | None = Field(None, description="Access log format (KServe).")
+    event_loop: Literal["auto", "asyncio", "uvloop"] = Field("auto", description="Event loop (KServe).")
+    timeout_keep_alive: int = Field(65, ge=0, description="Seconds an idle REST connection is kept (KServe).")
+    ssl_certfile: str | None = Field(None, description="TLS certificate of the REST port (KServe).")
+    ssl_keyfile: str | None = Field(None, description="TLS key of the REST port (KServe).")
+    grpc_max_send_message_length: int = Field(64 * MIB, ge=1, description="Bytes of a gRPC answer (KServe).")
+    grpc_max_receive_message_length: int = Field(64 * MIB, ge=1, description="Bytes of a gRPC request (KServe).")
+
+    # KServe: the transformer's way to its predictor
+    predictor_host: str | None = Field(None, description="Predictor's host, with or without port (KServe).")
+    predictor_protocol: Literal["grpc-v2"] = Field("grpc-v2", description="Only grpc-v2 is spoken (KServe).")
+    predictor_use_ssl: bool = Field(False, description="Speak TLS to the predictor (KServe).")
+    predictor_request_timeout_seconds: int = Field(600, ge=1, description="Longest call to the predictor (KServe).")
+    predictor_request_retries: int = Field(3, ge=0, description="Retries of a predictor that is away (KServe).")
+    enable_predictor_health_check: bool = Field(
+        False, description="Be ready only while the predictor is; keeps it from scaling to zero (KServe)."
+    )
+
+    @field_validator("predictor_protocol", mode="before")
+    @classmethod
+    def _only_grpc(cls, value: object) -> object:
+        if value in ("v1", "v2"):
+            raise ValueError(f"{value} is not spoken to the predictor; images travel as raw tensors over grpc-v2")
+        return value
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body in bytes."""
+        return int(self.max_body_mib * MIB)
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Largest encoded image in bytes."""
+        return int(self.max_image_mib * MIB)
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Largest decoded image in pixels."""
+        return int(self.max_image_megapixels * 1_000_000)
+
+
+# Which flags each command takes; a command refuses those that would do nothing there.
+SERVER_FIELDS = [
+    "model_name",
+    "host",
+    "http_port",
+    "grpc_port",
+    "workers",
+    "max_threads",
+    "max_asyncio_workers",
+    "enable_grpc",
+    "enable_docs_url",
+    "enable_latency_logging",
+    "configure_logging",
+    "log_config_file",
+    "access_log_format",
+    "event_loop",
+    "timeout_keep_alive",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "grpc_max_send_message_length",
+    "grpc_max_receive_message_length",
+    "max_body_mib",
+    "max_rows",
+    "request_timeout_seconds",
+    "max_num_beams",
+    "drain_seconds",
+    "grace_period",
+    "open_model_repository",
+    "model",
+    "model_revision",
+]
+TRANSFORMER_FIELDS = [
+    *SERVER_FIELDS,
+    "max_image_mib",
+    "max_image_megapixels",
+    "predictor_host",
+    "predictor_protocol",
+    "predictor_use_ssl",
+    "predictor_request_timeout_seconds",
+    "predictor_request_retries",
+    "enable_predictor_health_check",
+]
+PREDICTOR_FIELDS = [*SERVER_FIELDS, "device", "dtype", "max_batch_size", "max_queue_size"]
+# What the SDK's own argument parser reads from the command line and nowhere else.
+SDK_FIELDS = [
+    "enable_docs_url",
+    "configure_logging",
+    "log_config_file",
+    "grpc_max_send_message_length",
+    "grpc_max_receive_message_length",
+]

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
+from kserve.protocol.infer_type import InferInput, InferRequest, RequestedOutput
+
+from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.protocol import wire
+from florence2_kserve.protocol.public import (
+    Bounds,
+    GenerationOptions,
+    RowAnswer,
+    decode_base64,
+    read_call,
+    write_answer,
+)
+from florence2_kserve.protocol.tensors import Tensor, bytes_array
+
+BOUNDS = Bounds(max_rows=6, max_num_beams=4, max_new_tokens=100)
+IMAGE = b"\x89PNG\r\n\x1a\n image"
+BASE64 = base64.b64encode(IMAGE).decode()
+REGION = "<loc_1><loc_2><loc_3><loc_4>"
+
+
+def request(
+    images: list[Any] | None = None,
+    tasks: list[Any] | None = None,
+    texts: list[Any] | None = None,
+    shape: list[int] | None = None,
+    parameters: dict[str, Any] | None = None,
+    outputs: list[str] | None = None,
+    **changes: Any,
+) -> InferRequest:
+    images = [BASE64] if images is None else images
+    tasks = ["<CAPTION>"] if tasks is None else tasks
+    inputs = [
+        InferInput("INPUT_IMAGE", changes.get("image_shape", [len(images)]), "BYTES", images),
+        InferInput("TASK_PROMPT", shape or [len(tasks)], "BYTES", tasks),
+    ]
+    if texts is not None:
+        inputs.append(InferInput("TEXT_PROMPT", changes.get("text_shape", shape or [len(texts)]), "BYTES", texts))
+    return InferRequest(
+        "florence2",
+        inputs,
+        "7",
+        parameters=parameters,
+        request_outputs=[RequestedOutput(name) for name in outputs] if outputs else None,
+    )
+
+
+@pytest.mark.parametrize("shape", [[1], [1, 1]])
+def test_one_image_and_one_task(shape):
+    call = read_call(request(shape=shape, image_shape=shape), BOUNDS)
+    assert call.images == [IMAGE]
+    assert [(row.image, row.task.name, row.text) for row in call.rows] == [(0, "<CAPTION>", "")]
+    assert (call.shape, call.outputs, call.id) == (shape, ("PARSED_JSON",), "7")
+
+
+def test_rows_keep_their_order_and_text():
+    call = read_call(request([BASE64] * 2, ["<OD>", "<OPEN_VOCABULARY_DETECTION>"], ["", " a café "]), BOUNDS)
+    assert [(row.image, row.task.name, row.text) for row in call.rows] == [
+        (0, "<OD>", ""),
+        (1, "<OPEN_VOCABULARY_DETECTION>", "a café"),
+    ]
+
+
+def test_several_tasks_on_each_image():
+    call = read_call(request([BASE64] * 2, ["<OD>", "<OCR>", "<CAPTION>"] * 2, shape=[2, 3]), BOUNDS)
+    assert [row.image for row in call.rows] == [0, 0, 0, 1, 1, 1]
+    assert call.shape == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        BASE64,
+        base64.urlsafe_b64encode(IMAGE).decode(),
+        BASE64.rstrip("="),
+        BASE64[:8] + "\r\n  " + BASE64[8:],
+        f"data:image/png;base64,{BASE64}",
+        IMAGE,
+    ],
+)
+def test_an_image_comes_as_base64_or_as_it_is(value):
+    assert read_call(request([value]), BOUNDS).images == [IMAGE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"images": [""]}, "INPUT_IMAGE, row 0: is empty"),
+        ({"images": [BASE64, "%%%"], "tasks": ["<OD>"] * 2}, "INPUT_IMAGE, row 1: not valid base64"),
+        ({"images": ["data:image/png,abc"]}, "INPUT_IMAGE, row 0: data: URI has to be base64-coded"),
+        ({"images": ["data:image/png;base64,"]}, "INPUT_IMAGE, row 0: is empty"),
+        ({"images": []}, r"INPUT_IMAGE: shape \[0\] holds no image"),
+        ({"images": [BASE64] * 2, "image_shape": [1, 2]}, r"INPUT_IMAGE: expected shape \[B\] or \[B,1\], got \[1, 2\]"),
+        ({"image_shape": [2]}, r"INPUT_IMAGE: shape \[2\] takes 2 elements, got 1"),
+        ({"tasks": ["<OD>", "<OD>"]}, r"TASK_PROMPT: shape \[2\] doesn't go with 1 images"),
+        ({"tasks": [], "shape": [1, 0]}, r"TASK_PROMPT: shape \[1, 0\] holds no task"),
+        ({"tasks": ["<OD>"] * 7, "shape": [1, 7]}, "TASK_PROMPT: 7 rows are over this server's bound max_rows=6"),
+        ({"tasks": ["<NONE>"]}, "TASK_PROMPT, row 0: unknown task '<NONE>'; known tasks: <CAPTION>"),
+        ({"tasks": [b"\xff"]}, "TASK_PROMPT, row 0: not valid UTF-8"),
+        ({"tasks": [5]}, "TASK_PROMPT, row 0: expected BYTES"),
+        ({"texts": ["a car"]}, "TEXT_PROMPT, row 0: <CAPTION> takes no text, got 'a car'"),
+        ({"tasks": ["<REGION_TO_OCR>"]}, "TEXT_PROMPT, row 0: <REGION_TO_OCR> needs a region"),
+        (
+            {"images": [BASE64] * 2, "tasks": ["<OD>", "<OPEN_VOCABULARY_DETECTION>"], "texts": ["", " "]},
+            "TEXT_PROMPT, row 1: <OPEN_VOCABULARY_DETECTION> needs a text",
+        ),
+        ({"texts": ["", ""]}, r"TEXT_PROMPT: expected TASK_PROMPT's shape \[1\], got \[2\]"),
+        ({"outputs": ["NOPE"]}, "unknown output 'NOPE'; known: PARSED_JSON"),
+        ({"parameters": {"num_beams": 5}}, "parameter num_beams: 5 is over this server's bound of 4"),
+        ({"parameters": {"max_new_tokens": 101}}, "parameter max_new_tokens: 101 is over this server's bound of 100"),
+        ({"parameters": {"num_beams": True}}, "parameter num_beams: .*has to be a number"),
+        ({"parameters": {"num_beams": 1.5}}, "parameter num_beams"),
+        ({"parameters": {"num_beams": 0}}, "parameter num_beams"),
+        ({"parameters": {"length_penalty": "nan"}}, "parameter length_penalty"),
+        ({"parameters": {"priority": 1}}, "unknown parameter 'priority'; known: max_new_tokens"),
+    ],
+)
+def test_wrong_requests_name_the_tensor_and_the_row(changes, says):
+    with pytest.raises(BadRequest, match=says):
+        read_call(request(**changes), BOUNDS)
+
+
+def test_missing_misnamed_and_repeated_tensors_are_named():
+    whole = request()
+    for inputs, says in [
+        (whole.inputs[1:], "INPUT_IMAGE: required input is missing"),
+        (whole.inputs[:1], "TASK_PROMPT: required input is missing"),
+        ([*whole.inputs, InferInput("IMAGE", [1], "BYTES", ["x"])], "IMAGE: unknown input; expected INPUT_IMAGE"),
+        ([*whole.inputs, whole.inputs[0]], "INPUT_IMAGE: given twice"),
+        ([InferInput("INPUT_IMAGE", [1], "INT32", [1]), whole.inputs[1]], "INPUT_IMAGE: expected datatype BYTES"),
+    ]:
+        with pytest.raises(BadTensor, match=says):
+            read_call(InferRequest("florence2", inputs), BOUNDS)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_parameters_are_numbers_or_strings(as_text):
+    given = {"max_new_tokens": 5, "num_beams": 2, "length_penalty": 0.5, "timeout_ms": 100}
+    sent = {key: str(value) for key, value in given.items()} if as_text else given
+    call = read_call(request(parameters=sent | {"binary_data_output": True}), BOUNDS)
+    assert call.options == GenerationOptions(**given)
+
+
+def test_a_grpc_request_reads_the_same():
+    message = wire.infer_request(
+        "florence2",
+        [
+            Tensor("INPUT_IMAGE", bytes_array([IMAGE])),
+            Tensor("TASK_PROMPT", bytes_array([b"<REGION_TO_OCR>"])),
+            Tensor("TEXT_PROMPT", bytes_array([REGION.encode()])),
+        ],
+        request_id="7",
+        parameters={"num_beams": 3, "length_penalty": "0.5"},
+        outputs=["SCORES"],
+    )
+    call = read_call(InferRequest.from_grpc(ModelInferRequest.FromString(message.SerializeToString())), BOUNDS)
+    assert (call.images, call.rows[0].text, call.outputs) == ([IMAGE], REGION, ("SCORES",))
+    assert call.options == GenerationOptions(num_beams=3, length_penalty=0.5)
+
+
+def test_answers_have_the_shape_of_the_task_prompt_and_the_outputs_asked_for():
+    asked = request([BASE64] * 2, ["<OD>", "<OCR>"] * 2, shape=[2, 2], outputs=["SCORES", "PARSED_JSON"])
+    call = read_call(asked, BOUNDS)
+    answers = [RowAnswer(value=f"é{i}", text="", score=-i) for i in range(4)]
+    response = write_answer(call, answers, {"queue_us": 1})
+    assert [(o.name, o.shape, o.datatype) for o in response.outputs] == [
+        ("SCORES", [2, 2], "FP32"),
+        ("PARSED_JSON", [2, 2], "BYTES"),
+    ]
+    assert json.loads(response.outputs[1].data[1, 0]) == {"<OD>": "é2"}
+    assert "é" in response.outputs[1].data[1, 0].decode()
+
+
+def test_broken_base64_is_a_value_error():
+    with pytest.raises(ValueError, match="not valid base64"):
+        decode_base64(b"a*b")
