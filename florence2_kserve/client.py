@@ -64,7 +64,7 @@ class UnavailableError(ClientError):
     """The server is loading, draining or can't be reached (503, connection refused or reset)."""
 
 
-class TimeoutError(ClientError):
+class DeadlineError(ClientError):
     """No answer in time (504, or the client's own timeout)."""
 
 
@@ -78,14 +78,14 @@ _BY_HTTP_STATUS = {
     404: NotFoundError,
     429: OverloadedError,
     503: UnavailableError,
-    504: TimeoutError,
+    504: DeadlineError,
 }
 _BY_GRPC_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: TimeoutError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
 }
 
 
@@ -182,6 +182,13 @@ class Florence2Client:
         except ClientError:
             return False
 
+    def is_live(self) -> bool:
+        """Whether the service's process answers."""
+        try:
+            return self._transport.is_live(min(self.timeout, 10.0))
+        except ClientError:
+            return False
+
     def wait_ready(self, timeout: float = 120.0) -> None:
         """Waits until the model is ready.
 
@@ -253,6 +260,10 @@ class _Rest:
         self._send("GET", f"{self._model}/ready", timeout)
         return True
 
+    def is_live(self, timeout: float) -> bool:
+        self._send("GET", "/v2/health/live", timeout)
+        return True
+
     def metadata(self, timeout: float) -> dict[str, Any]:
         return dict(self._send("GET", self._model, timeout).json())
 
@@ -263,7 +274,7 @@ class _Rest:
         try:
             response = self._http.request(method, path, timeout=timeout, **kwargs)
         except httpx.TimeoutException:
-            raise TimeoutError(f"no answer within {timeout:.1f} s") from None
+            raise DeadlineError(f"no answer within {timeout:.1f} s") from None
         except httpx.TransportError as error:
             raise UnavailableError(f"connection failed: {error}") from None
         if response.is_success:
@@ -301,6 +312,9 @@ class _Grpc:
     def is_ready(self, timeout: float) -> bool:
         message = wire.MESSAGES["ModelReadyRequest"](name=self._model_name)
         return bool(self._send("ModelReady", message, timeout).ready)
+
+    def is_live(self, timeout: float) -> bool:
+        return bool(self._send("ServerLive", wire.MESSAGES["ServerLiveRequest"](), timeout).live)
 
     def metadata(self, timeout: float) -> dict[str, Any]:
         answer = self._send("ModelMetadata", wire.MESSAGES["ModelMetadataRequest"](name=self._model_name), timeout)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -68,7 +69,10 @@ class LocalService:
     """``florence2 serve`` on free ports of the loopback address, as a context manager.
 
     Args:
-        timeout: Seconds until it has to be ready.
+        command: Another server command: ``transformer`` or ``predictor``.
+        python: The interpreter, and what starts the command line in it.
+        wait: Whether to wait until the model is ready; else until the process lives.
+        timeout: Seconds until then.
         **flags: Fields of Settings.
 
     Attributes:
@@ -76,7 +80,16 @@ class LocalService:
         grpc_url: ``127.0.0.1:port``.
     """
 
-    def __init__(self, *, timeout: float = 180.0, **flags: Any) -> None:
+    def __init__(
+        self,
+        command: str = "serve",
+        *,
+        python: Sequence[str] = (sys.executable, "-m", "florence2_kserve.cli"),
+        wait: bool = True,
+        timeout: float = 180.0,
+        **flags: Any,
+    ) -> None:
+        self._start, self._wait = [*python, command], wait
         self.http_port, self.grpc_port = free_port(), free_port()
         self.rest_url, self.grpc_url = f"http://{LOOPBACK}:{self.http_port}", f"{LOOPBACK}:{self.grpc_port}"
         self._timeout = timeout
@@ -85,15 +98,14 @@ class LocalService:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "florence2_kserve.cli", "serve"]
-        command += [f"--{name.replace('_', '-')}={value}" for name, value in self._flags.items()]
+        command = self._start + [f"--{name.replace('_', '-')}={value}" for name, value in self._flags.items()]
         # A session of its own: Ctrl-C in a terminal then reaches the service through us alone, once.
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
         end = time.monotonic() + self._timeout
         name = str(self._flags.get("model_name", Settings.model_fields["model_name"].default))
         try:
             with Florence2Client(self.rest_url, model_name=name) as client:
-                while not client.is_ready():
+                while not (client.is_ready() if self._wait else client.is_live()):
                     if self.process.poll() is not None:
                         raise RuntimeError(f"the service ended while starting:\n{self.log_tail()}")
                     if time.monotonic() >= end:

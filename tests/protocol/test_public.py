@@ -97,7 +97,10 @@ def test_an_image_comes_as_base64_or_as_it_is(value):
         ({"images": ["data:image/png,abc"]}, "INPUT_IMAGE, row 0: data: URI has to be base64-coded"),
         ({"images": ["data:image/png;base64,"]}, "INPUT_IMAGE, row 0: is empty"),
         ({"images": []}, r"INPUT_IMAGE: shape \[0\] holds no image"),
-        ({"images": [BASE64] * 2, "image_shape": [1, 2]}, r"INPUT_IMAGE: expected shape \[B\] or \[B,1\], got \[1, 2\]"),
+        (
+            {"images": [BASE64] * 2, "image_shape": [1, 2]},
+            r"INPUT_IMAGE: expected shape \[B\] or \[B,1\], got \[1, 2\]",
+        ),
         ({"image_shape": [2]}, r"INPUT_IMAGE: shape \[2\] takes 2 elements, got 1"),
         ({"tasks": ["<OD>", "<OD>"]}, r"TASK_PROMPT: shape \[2\] doesn't go with 1 images"),
         ({"tasks": [], "shape": [1, 0]}, r"TASK_PROMPT: shape \[1, 0\] holds no task"),

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from florence2_kserve.errors import BadTensor
-from florence2_kserve.protocol.tensors import DATATYPES, Tensor, bytes_array, from_infer_input, from_values, pack, unpack
+from florence2_kserve.protocol.tensors import (
+    DATATYPES,
+    Tensor,
+    bytes_array,
+    from_infer_input,
+    from_values,
+    pack,
+    unpack,
+)
 
 
 @pytest.mark.parametrize("datatype", [name for name in DATATYPES if name != "BYTES"])

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from florence2_kserve.cli import app, complete_switches, read_settings
+from florence2_kserve.settings import MIB, PREDICTOR_FIELDS, SDK_FIELDS, TRANSFORMER_FIELDS, Settings
+
+# The flags that KServe's model server defines, in its spelling.
+KSERVE_FLAGS = (
+    "http_port grpc_port workers max_threads max_asyncio_workers enable_grpc enable_docs_url enable_latency_logging "
+    "configure_logging log_config_file access_log_format event-loop timeout-keep-alive model_name predictor_host "
+    "predictor_protocol predictor_use_ssl predictor_request_timeout_seconds grpc_max_send_message_length "
+    "grpc_max_receive_message_length predictor_request_retries enable_predictor_health_check ssl_certfile ssl_keyfile"
+).split()
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Runs a command with its server left out and returns the settings that it would have run with."""
+
+    def run(command: str, *arguments: str) -> Settings:
+        seen: list[Settings] = []
+
+        def note(given):
+            seen.append(read_settings(given))
+            raise typer.Exit(0)
+
+        monkeypatch.setattr("florence2_kserve.cli.read_settings", note)
+        result = CliRunner().invoke(app, [command, *complete_switches(arguments)])
+        assert result.exit_code == 0, result.output
+        return seen[0]
+
+    return run
+
+
+def test_flags_win_over_variables_and_those_over_defaults(monkeypatch, parsed):
+    monkeypatch.setenv("FLORENCE2_HTTP_PORT", "9001")
+    monkeypatch.setenv("FLORENCE2_MAX_ROWS", "5")
+    settings = parsed("transformer", "--max-rows", "7")
+    assert (settings.http_port, settings.max_rows, settings.grpc_port) == (9001, 7, 8081)
+
+
+@pytest.mark.parametrize("flag", KSERVE_FLAGS)
+def test_every_kserve_flag_is_a_setting_of_the_transformer(flag):
+    assert flag.replace("-", "_") in TRANSFORMER_FIELDS
+
+
+def test_every_listed_field_exists_and_every_field_is_a_flag_somewhere():
+    fields = {*TRANSFORMER_FIELDS, *PREDICTOR_FIELDS}
+    assert fields == set(Settings.model_fields)
+    assert set(SDK_FIELDS) <= fields
+
+
+def test_what_the_controller_injects_is_understood(parsed):
+    settings = parsed(
+        "transformer",
+        *("--model_name", "f2", "--predictor_host", "f2-predictor.ns", "--http_port", "8080", "--workers", "32"),
+        *("--enable_predictor_health_check", "--enable_grpc", "false", "--predictor_use_ssl=True"),
+    )
+    assert (settings.model_name, settings.predictor_host, settings.workers) == ("f2", "f2-predictor.ns", 32)
+    assert settings.enable_predictor_health_check
+    assert settings.predictor_use_ssl
+    assert not settings.enable_grpc
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "says"),
+    [
+        ("transformer", ["--no-such-flag", "1"], "No such option"),
+        ("transformer", ["--device", "cpu"], "No such option"),
+        ("transformer", ["--http-port", "x"], "--http_port"),
+        ("transformer", ["--http-port", "70000"], "--http_port"),
+        ("transformer", ["--predictor_protocol", "v2"], "v2 is not spoken to the predictor"),
+        ("predictor", ["--dtype", "int8"], "--dtype"),
+        ("predictor", ["--predictor-host", "x"], "No such option"),
+    ],
+)
+def test_wrong_flags_end_the_program_with_the_flags_name(command, arguments, says):
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [command, *arguments])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_limits_are_given_in_the_units_that_the_code_wants():
+    settings = Settings(max_body_mib=2, max_image_mib=0.5, max_image_megapixels=1.5)
+    assert (settings.max_body_bytes, settings.max_image_bytes) == (2 * MIB, MIB // 2)
+    assert settings.max_image_pixels == 1_500_000
