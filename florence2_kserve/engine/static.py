@@ -71,11 +71,19 @@ class StaticBatchEngine(Engine):
         image: Image settings: size, scale, mean and standard deviation.
         max_batch_size: Rows in one batch.
         max_queue_size: Rows that may wait.
+
+    Raises:
+        ValueError: If the image settings don't fit the model.
     """
 
     def __init__(
         self, loaded: LoadedModel, image: ImageSettings, *, max_batch_size: int = 8, max_queue_size: int = 256
     ) -> None:
+        tokens = loaded.image_seq_length(image.height, image.width)
+        if tokens != image.image_seq_length:
+            raise ValueError(
+                f"the processor counts {image.image_seq_length} tokens for an image, the model makes {tokens}"
+            )
         self._loaded = loaded
         self._image = image
         self._max_batch_size = max_batch_size
