@@ -10,7 +10,6 @@ RUN := $(VENV)/bin
 SAY := @printf '\033[1m== %s\033[0m\n'
 
 export UV_PYTHON_DOWNLOADS := never
-export UV_LINK_MODE ?= copy
 
 .PHONY: demo test lint types quick slow lock setup clean train evaluate
 

@@ -10,7 +10,7 @@ transformers, down to odd strings, with these differences, all meant:
 - **Padding behind the answer is not part of it.** transformers leaves ``<pad>`` in texts.
 - **Nothing the model writes raises.** transformers fails on an empty sequence, and on a location
   of more digits than an integer holds, which only ordinary tokens can spell; here one of more
-  than nine digits is ordinary text.
+  than six digits is ordinary text.
 
 An item needs its label on one line: a label with a line break in it is dropped with its places.
 Where a label is expected and the text has none, the tail of the token before it counts as one
@@ -38,7 +38,7 @@ Size: TypeAlias = tuple[int, int]  # width, height
 BINS = 1000  # locations an axis
 POLY, END_POLY, SEP = "<poly>", "</poly>", "<sep>"
 
-_LOCATION = r"<loc_\d{1,9}>"
+_LOCATION = r"<loc_\d{1,6}>"
 _PIECE = rf"(?:{_LOCATION}|{SEP}|{POLY}|{END_POLY})"
 # A label begins behind a token or an item and holds no "<". Saying so keeps the search linear.
 _LABEL = r"(?<![^<>])[^<]++"

@@ -26,7 +26,7 @@ DEMO_SCENES = (1, 8)
 SCALE = 4  # the annotated picture's pixels per pixel of the scene
 SWITCH = "florence2 serve --model florence-community/Florence-2-large-ft"
 TOY = f"The embedded model is a toy that was trained on drawn scenes. The real one: {SWITCH}"
-_EVALUATION_BATCH = 25  # rows in one request
+MODEL_CARD = Path(__file__).parent / "tiny" / "MODEL_CARD.md"
 
 
 def run_demo(output: Path, model: str) -> int:
@@ -86,27 +86,22 @@ def run_evaluation(scenes: int, url: str | None, write_card: bool) -> int:
     Returns:
         The exit code.
     """
-    from florence2_kserve.tiny.evaluate import evaluate, markdown_table, write_model_card
+    from florence2_kserve.tiny.evaluate import evaluate, scores_table, write_scores
 
     started = time.monotonic()
     with _service(url) as address, Florence2Client(address, timeout=600) as client:
 
         def infer(images: Sequence[np.ndarray[Any, Any]], tasks: Sequence[str], texts: Sequence[str]) -> list[Any]:
-            answers: list[Any] = []
-            for start in range(0, len(images), _EVALUATION_BATCH):
-                part = slice(start, start + _EVALUATION_BATCH)
-                pictures = [_png(image) for image in images[part]]
-                replies = client.infer_batch(pictures, tasks[part], texts[part])
-                answers += [reply[task] for reply, task in zip(replies, tasks[part], strict=True)]
-            return answers
+            replies = client.infer_batch([_png(image) for image in images], tasks, texts)
+            return [reply[task] for reply, task in zip(replies, tasks, strict=True)]
 
-        scores = evaluate(infer, scenes=scenes)
-    typer.echo(markdown_table(scores))
+        scores = evaluate(infer, scenes=scenes, progress=lambda task: typer.echo(f"{task} …", err=True))
+    typer.echo(scores_table(scores))
     typer.echo(
         f"\n{scenes} held-out scenes, beam search of 3, through the service: {time.monotonic() - started:.0f} s"
     )
     if write_card:
-        write_model_card(scores)
+        write_scores(MODEL_CARD, scores)
     return 0
 
 

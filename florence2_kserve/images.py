@@ -86,7 +86,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every kind there is
-        raise ImageError(f"the {image.format} image is damaged or cut short ({_reason(error)})") from None
+        raise _damaged(image.format, error) from None
 
 
 def resize_image(image: Image.Image, settings: ImageSettings) -> np.ndarray[Any, Any]:
@@ -109,28 +109,33 @@ def _open(data: bytes) -> Image.Image:
     except _DECOMPRESSION_BOMB:
         raise ImageTooLarge("the image has far more pixels than are allowed") from None
     except UnidentifiedImageError:
-        raise ImageError(_why_unidentified(data)) from None
+        raise _unidentified(data) from None
     except Exception as error:  # see decode_image
-        raise ImageError(f"the image is damaged or cut short ({_reason(error)})") from None
+        raise _damaged(_claimed_format(data), error) from None
 
 
-def _why_unidentified(data: bytes) -> str:
+def _damaged(file_format: str | None, error: Exception) -> ImageError:
+    reason = str(error) or type(error).__name__
+    return ImageError(f"the {file_format or 'image'} file is damaged or cut short ({reason})")
+
+
+def _unidentified(data: bytes) -> ImageError:
     known = ", ".join(FORMATS)
-    damaged = "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else _lookup(_MAGIC, data)
-    if damaged:
-        return f"the {damaged} image is damaged or cut short: its header can't be read"
+    if claimed := _claimed_format(data):
+        return ImageError(f"the {claimed} file is damaged or cut short (its header can't be read)")
     other = _OTHER_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else _lookup(_OTHER_MAGIC, data)
     if other:
-        return f"{other} images are not supported; send one of {known}"
-    return f"{len(data)} bytes that are no image in a supported format ({known})"
+        return ImageError(f"{other} images are not supported; send one of {known}")
+    return ImageError(f"{len(data)} bytes that are no image in a supported format ({known})")
+
+
+def _claimed_format(data: bytes) -> str | None:
+    """Returns the format that a file's first bytes say it is in."""
+    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else _lookup(_MAGIC, data)
 
 
 def _lookup(names: dict[bytes, str], data: bytes) -> str | None:
     return next((name for magic, name in names.items() if data.startswith(magic)), None)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -77,9 +77,7 @@ class ModelFiles:
     weight_files: tuple[Path, ...] = ()
 
 
-def locate_model(
-    reference: str = EMBEDDED, *, revision: str | None = None, with_weights: bool = True
-) -> ModelFiles:
+def locate_model(reference: str = EMBEDDED, *, revision: str | None = None, with_weights: bool = True) -> ModelFiles:
     """Finds a checkpoint, downloading it if need be, and checks that its files are there.
 
     Args:
@@ -92,6 +90,8 @@ def locate_model(
         ModelFilesError: If there is no such checkpoint, it can't be had, files are missing, or its
             weights are pickled.
     """
+    if not reference.strip():
+        raise ModelFilesError(f'no model is named; give "{EMBEDDED}", a folder or a hub id')
     if reference == EMBEDDED:
         is_hub_id, folder = False, _EMBEDDED_FOLDER
         if not folder.is_dir():

@@ -167,7 +167,9 @@ class Processor:
         """
         size = len(text.encode())
         if size > self.max_text_tokens * self._longest_token:  # each token stands for that many bytes at most
-            raise ValueError(f"the text has {size:,} bytes, far more than the model's {self.max_text_tokens} tokens")
+            raise ValueError(
+                f"the text has {size:,} bytes, far more than the model's {self.max_text_tokens} tokens hold"
+            )
         for id_ in self.tokenizer.encode(text, add_special_tokens=False).ids:
             if id_ in self.control_tokens:
                 raise ValueError(f"the text holds the control token {self.control_tokens[id_]}, which is not allowed")

@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kserve import Model, ModelServer
-from kserve.errors import ModelNotFound
 from kserve.logging import logger
 from kserve.predictor_config import PredictorConfig
 from kserve.protocol.dataplane import DataPlane
@@ -62,12 +61,28 @@ class TruthfulDataPlane(DataPlane):
         names = list(self.model_registry.get_models())
         return bool(names) and all([await self.model_registry.is_model_ready(name) for name in names])
 
+    def get_model_from_registry(self, name: str) -> Any:
+        """Returns the model called `name`.
+
+        Raises:
+            NotFound: If there is none.
+        """
+        model = self.model_registry.get_model(name)
+        if model is None:
+            raise errors.NotFound(f"no model {name!r} here; there is {', '.join(self.model_registry.get_models())}")
+        return model
+
+    async def get_model(self, name: str) -> Any:
+        """As `get_model_from_registry`; the SDK would call load() on a model that isn't ready, in the event loop."""
+        return self.get_model_from_registry(name)
+
     async def model_ready(self, model_name: str, disable_predictor_health_check: bool = False) -> bool:
         """Whether one model answers requests.
 
         Raises:
-            ModelNotFound: If there is no such model.
+            NotFound: If there is no such model.
         """
+        self.get_model_from_registry(model_name)
         return await super().model_ready(model_name, disable_predictor_health_check) and not self.draining
 
 
@@ -85,7 +100,7 @@ class _Health(health_pb2_grpc.HealthServicer):
                 serving = await self._dataplane.ready()
             else:
                 serving = await self._dataplane.model_ready(service)
-        except ModelNotFound:
+        except errors.NotFound:
             return int(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
         status = health_pb2.HealthCheckResponse
         return int(status.SERVING if serving else status.NOT_SERVING)
@@ -147,6 +162,35 @@ class _GrpcServer(GRPCServer):
         await self._server.wait_for_termination()
 
 
+class _RestServer(RESTServer):
+    """The SDK's REST server without its middleware, which logs two lines of timing for every request."""
+
+    def __init__(self, settings: Settings, dataplane: TruthfulDataPlane, repository: Any) -> None:
+        super().__init__(
+            "kserve.model_server:app",
+            dataplane,
+            repository,
+            settings.http_port,
+            access_log_format=settings.access_log_format,
+            grace_period=settings.grace_period,
+            event_loop=settings.event_loop,
+            timeout_keep_alive=settings.timeout_keep_alive,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+        self.config.host = settings.host
+        # uvicorn would close its listener at the first signal, before the drain.
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+
+    def _add_middlewares(self, app: FastAPI) -> None:
+        if self.access_log_format:
+            super()._add_middlewares(app)
+
+    def stop(self) -> None:
+        """Takes no more connections, and lets `start` return when the open ones are done."""
+        self._server.should_exit = True
+
+
 class Florence2Server(ModelServer):
     """Serves one model over REST and gRPC, and leaves no request unanswered when it ends.
 
@@ -191,21 +235,7 @@ class Florence2Server(ModelServer):
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        rest = RESTServer(
-            "kserve.model_server:app",
-            self.dataplane,
-            self.model_repository_extension,
-            self.http_port,
-            access_log_format=self.access_log_format,
-            grace_period=self.grace_period,
-            event_loop=self.event_loop,
-            timeout_keep_alive=self.timeout_keep_alive,
-            ssl_certfile=self.ssl_certfile,
-            ssl_keyfile=self.ssl_keyfile,
-        )
-        rest.config.host = self._settings.host
-        # uvicorn would close its listener at the first signal, before the drain.
-        rest._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        rest = _RestServer(self._settings, self.dataplane, self.model_repository_extension)
         grpc = _GrpcServer(self._settings, self.dataplane, self.model_repository_extension)
         rest_task = asyncio.create_task(rest.start())
         parts = [rest_task, *map(asyncio.ensure_future, self.servers)]
@@ -220,7 +250,7 @@ class Florence2Server(ModelServer):
         finally:
             self.dataplane.draining = True
             # Both at once: neither protocol goes on taking requests while the other one drains.
-            rest._server.should_exit = True
+            rest.stop()
             await asyncio.gather(rest_task, grpc.stop(), return_exceptions=True)
             for model in models:
                 if close := getattr(model, "close", None):
@@ -251,12 +281,19 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
             raise errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
         return {"ready": True}
 
+    @app.get("/v2/models/{model_name}/ready", tags=["V2"])
+    async def model_ready(model_name: str) -> dict[str, Any]:
+        # The SDK's own route logs a traceback for each probe that finds the model loading.
+        if not await dataplane.model_ready(model_name):
+            raise errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
+        return {"name": model_name, "ready": True}
+
     @app.post("/v2/models/{model_name}/infer", tags=["V2"])
     async def infer(request: Request, model_name: str) -> Response:
         try:
             body = await _read_body(request, settings.max_body_bytes)
             return await _until_disconnect(request, _infer(body, dict(request.headers), model_name, dataplane))
-        except (errors.ServiceError, ModelNotFound):
+        except errors.ServiceError:
             raise
         except ClientDisconnect:
             raise errors.ClientGone("the client closed the connection while sending") from None

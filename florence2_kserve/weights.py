@@ -203,9 +203,7 @@ class LoadedModel:
         """
         vision = self.model.config.vision_config
         grid = [height, width]
-        for kernel, stride, padding in zip(
-            vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True
-        ):
+        for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
             grid = [(cells + 2 * padding - kernel) // stride + 1 for cells in grid]
         if not 1 <= min(grid) <= max(grid) <= vision.max_position_embeddings:
             raise ValueError(
@@ -438,9 +436,7 @@ def _native_vision_key(name: str) -> str:
     return name
 
 
-def _load_native(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device
-) -> Florence2ForConditionalGeneration:
+def _load_native(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Florence2ForConditionalGeneration:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -470,9 +466,7 @@ def _load_native(
     return model.to(device)
 
 
-def _load_original(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device
-) -> Florence2ForConditionalGeneration:
+def _load_original(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Florence2ForConditionalGeneration:
     config = native_config(files.config)
     config.dtype = dtype
     with torch.device("meta"):  # no memory yet: each parameter gets it as its tensor is read
