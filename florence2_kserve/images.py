@@ -145,7 +145,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError("the image has floating-point pixels, whose range is not known; send 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -18,6 +18,7 @@ EMBEDDED = "embedded"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+OLD_TOKENIZER_FILES = ("vocab.json", "merges.txt")  # what older folders have in its place
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 # transformers 5 keeps image settings in the first, older versions and Microsoft's folders in the second.
@@ -29,8 +30,7 @@ _SMALL_FILES = [
     *PROCESSOR_FILES,
     TOKENIZER_FILE,
     "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
+    *OLD_TOKENIZER_FILES,
     "special_tokens_map.json",
     "added_tokens.json",
 ]
@@ -110,7 +110,10 @@ def locate_model(reference: str = EMBEDDED, *, revision: str | None = None, with
     config = _read_config(reference, folder)
     layout = _layout(reference, config)
     weight_files = _weight_files(reference, folder) if with_weights else ()
-    required = [CONFIG_FILE, TOKENIZER_FILE]
+    required = [CONFIG_FILE]
+    # Only Microsoft's layout can do with these: its added tokens are not in them, but known.
+    if layout is Layout.NATIVE or not all((folder / name).is_file() for name in OLD_TOKENIZER_FILES):
+        required.append(TOKENIZER_FILE)
     # Without it num_beams and the like would silently be transformers' defaults.
     if with_weights and layout is Layout.NATIVE:
         required.append(GENERATION_FILE)

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from florence2_kserve.model_files import (
+    OLD_TOKENIZER_FILES,
     PROCESSOR_FILES,
     TOKENIZER_FILE,
     Layout,
@@ -167,9 +168,7 @@ class Processor:
         """
         size = len(text.encode())
         if size > self.max_text_tokens * self._longest_token:  # each token stands for that many bytes at most
-            raise ValueError(
-                f"the text has {size:,} bytes, far more than the model's {self.max_text_tokens} tokens hold"
-            )
+            raise ValueError(f"the text has {size:,} bytes, more than the model's {self.max_text_tokens} tokens hold")
         for id_ in self.tokenizer.encode(text, add_special_tokens=False).ids:
             if id_ in self.control_tokens:
                 raise ValueError(f"the text holds the control token {self.control_tokens[id_]}, which is not allowed")
@@ -267,7 +266,7 @@ def _load_tokenizer(files: ModelFiles) -> Tokenizer:
 
 def _bart_tokenizer(folder: Path) -> Tokenizer:
     """Builds BART's tokenizer from the two files of older folders."""
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    vocab, merges = (folder / name for name in OLD_TOKENIZER_FILES)
     if not (vocab.is_file() and merges.is_file()):
         raise ModelFilesError(f"{folder} has neither {TOKENIZER_FILE} nor both {vocab.name} and {merges.name}")
     try:

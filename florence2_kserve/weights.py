@@ -90,7 +90,7 @@ _TEXT_FIELDS = (
     "encoder_ffn_dim encoder_layerdrop encoder_layers eos_token_id forced_eos_token_id init_std "
     "max_position_embeddings pad_token_id scale_embedding vocab_size"
 ).split()
-_TEXT_DEFAULTS = {"vocab_size": 51289, "attention_dropout": 0.0}  # where Microsoft's differ from BART's
+_TEXT_DEFAULTS = {"vocab_size": 51289}  # the one that differs from BART's
 
 # Settings of generation that the engine does not have, with the values at which they do nothing.
 _NOT_FOLLOWED: dict[str, Any] = {
@@ -286,9 +286,8 @@ def read_generation_settings(files: ModelFiles) -> GenerationSettings:
         ModelFilesError: If a setting is missing or isn't one that can be followed.
     """
     text: dict[str, Any] = files.config.get("text_config") or {}
-    path = files.folder / GENERATION_FILE
     if files.layout is Layout.NATIVE:
-        chosen, source = read_json(path), GENERATION_FILE
+        chosen, source = read_json(files.folder / GENERATION_FILE), GENERATION_FILE
     else:
         microsoft_defaults = {"forced_eos_token_id": 2, "decoder_start_token_id": 2}
         chosen, source = microsoft_defaults | text, f"text_config in {CONFIG_FILE}"
@@ -297,26 +296,29 @@ def read_generation_settings(files: ModelFiles) -> GenerationSettings:
         value = chosen.get(name)
         return default if value is None else value
 
+    def optional_id(name: str, *places: Mapping[str, Any]) -> int | None:
+        value = next((place[name] for place in places if place.get(name) is not None), None)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if value is not None and not isinstance(value, int):
+            raise ModelFilesError(f"{name} of {files.reference!r} is {value!r}; one token id is expected")
+        return value
+
     def token_id(name: str) -> int:
-        for place in (chosen, text, files.config):
-            value = place.get(name)
-            if isinstance(value, list) and len(value) == 1:
-                value = value[0]
-            if isinstance(value, int):
-                return value
-            if value is not None:
-                raise ModelFilesError(f"{name} of {files.reference!r} is {value!r}; one token id is expected")
-        raise ModelFilesError(f"model {files.reference!r} says nowhere what {name} is")
+        value = optional_id(name, chosen, text, files.config)
+        if value is None:
+            raise ModelFilesError(f"model {files.reference!r} says nowhere what {name} is")
+        return value
 
     settings = GenerationSettings(
         decoder_start_token_id=token_id("decoder_start_token_id"),
         bos_token_id=token_id("bos_token_id"),
         eos_token_id=token_id("eos_token_id"),
         pad_token_id=token_id("pad_token_id"),
-        forced_bos_token_id=setting("forced_bos_token_id", None),
-        forced_eos_token_id=setting("forced_eos_token_id", None),
-        no_repeat_ngram_size=setting("no_repeat_ngram_size", 0),
-        num_beams=setting("num_beams", 1),
+        forced_bos_token_id=optional_id("forced_bos_token_id", chosen),
+        forced_eos_token_id=optional_id("forced_eos_token_id", chosen),
+        no_repeat_ngram_size=int(setting("no_repeat_ngram_size", 0)),
+        num_beams=int(setting("num_beams", 1)),
         length_penalty=float(setting("length_penalty", 1.0)),
         early_stopping=setting("early_stopping", False),
     )
@@ -324,24 +326,24 @@ def read_generation_settings(files: ModelFiles) -> GenerationSettings:
         raise ModelFilesError(
             f"early_stopping of {files.reference!r} is {settings.early_stopping!r}; expected are true, false or never"
         )
+    _log_settings(files, source, chosen, settings)
+    return settings
+
+
+def _log_settings(files: ModelFiles, source: str, chosen: Mapping[str, Any], settings: GenerationSettings) -> None:
     logger.info("generation settings of %s follow %s: %s", files.reference, source, settings)
+    path = files.folder / GENERATION_FILE
     if files.layout is Layout.ORIGINAL and path.is_file():
         followed = settings.to_transformers()
-        ignored = {
-            name: value
-            for name, value in read_json(path).items()
-            if name in followed and value != followed[name] and value is not None
-        }
+        said = {name: value for name, value in read_json(path).items() if name in followed and value is not None}
+        ignored = {name: value for name, value in said.items() if value != followed[name]}
         if ignored:
             logger.info("not followed from %s, as it has no effect in this layout: %s", GENERATION_FILE, ignored)
     unfollowed = {
-        name: chosen[name]
-        for name, neutral in _NOT_FOLLOWED.items()
-        if name in chosen and chosen[name] is not None and chosen[name] != neutral
+        name: chosen[name] for name, neutral in _NOT_FOLLOWED.items() if chosen.get(name) not in (None, neutral)
     }
     if unfollowed:
         logger.warning("generation settings of %s that are not followed: %s", files.reference, unfollowed)
-    return settings
 
 
 def fingerprint(files: ModelFiles) -> str:

@@ -293,6 +293,7 @@ def test_what_is_no_image_is_refused(data: bytes, message: str) -> None:
         decode(data)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", FILES)
 def test_half_a_file_is_refused(file_format: str) -> None:
     data = FILES[file_format]()

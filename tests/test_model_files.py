@@ -87,6 +87,14 @@ def test_the_original_layout_needs_no_generation_config(original, copy):
     assert locate_model(str(copy(original, without="generation_config.json"))).layout is Layout.ORIGINAL
 
 
+def test_the_original_layout_does_with_the_older_tokenizer_files(original, native, copy):
+    folder = copy(original, without="tokenizer.json")
+    with pytest.raises(ModelFilesError, match=r"lacks tokenizer.json"):
+        locate_model(str(folder))
+    (folder / "merges.txt").write_bytes((native / "merges.txt").read_bytes())
+    assert locate_model(str(folder)).layout is Layout.ORIGINAL
+
+
 def test_without_weights_the_small_files_are_enough(native, copy):
     folder = copy(native, without="model.safetensors generation_config.json")
     assert locate_model(str(folder), with_weights=False).weight_files == ()

@@ -175,6 +175,16 @@ def test_every_key_of_microsofts_code_finds_its_place(size):
     assert found == expected
 
 
+def test_the_embedded_model_loads():
+    found = load_model(locate_model())
+    assert found.layout is Layout.NATIVE
+    assert sum(path.stat().st_size for path in locate_model().weight_files) < 16 * 2**20
+    assert found.model.get_image_features(torch.zeros(1, 3, 96, 96)).pooler_output.shape[:2] == (
+        1,
+        found.image_seq_length(96, 96),
+    )
+
+
 @pytest.mark.parametrize("layout", list(Layout))
 def test_shards_make_the_same_model(layout, folders, loaded, tmp_path):
     sharded = load(writer(layout)(tmp_path, shards=3)).model.state_dict()
@@ -425,10 +435,16 @@ def test_generation_settings(layout, folders, caplog):
 def test_each_layout_keeps_what_its_own_file_says(early_stopping, folders, edited):
     changed = edited(
         folders[Layout.NATIVE],
-        generation_config={"early_stopping": early_stopping, "num_beams": 5, "length_penalty": 2, "eos_token_id": [2]},
+        generation_config={
+            "early_stopping": early_stopping,
+            "num_beams": 5,
+            "length_penalty": 2,
+            "forced_eos_token_id": [2],
+        },
     )
     settings = read_generation_settings(locate_model(str(changed)))
     assert (settings.early_stopping, settings.num_beams, settings.length_penalty) == (early_stopping, 5, 2.0)
+    assert settings.forced_eos_token_id == 2
     shutil.rmtree(changed)
     changed = edited(folders[Layout.ORIGINAL], config={"text_config": {"early_stopping": early_stopping}})
     assert read_generation_settings(locate_model(str(changed))).early_stopping == early_stopping
@@ -458,6 +474,7 @@ def test_settings_that_are_not_followed_are_warned_of(native, edited, caplog):
     [
         ({"pad_token_id": 60_000}, "pad_token_id of .* is 60000; its vocabulary has 51328 entries"),
         ({"eos_token_id": [1, 2]}, r"eos_token_id of .* is \[1, 2\]; one token id is expected"),
+        ({"forced_bos_token_id": "<s>"}, "forced_bos_token_id of .* is '<s>'; one token id is expected"),
         ({"early_stopping": "sometimes"}, "early_stopping of .* is 'sometimes'"),
         ({"num_beams": 0}, "make no sense: .*num_beams=0"),
     ],

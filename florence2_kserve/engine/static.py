@@ -229,7 +229,9 @@ class StaticBatchEngine(Engine):
         position = {key: index for index, key in enumerate(first_of)}
         pixels = torch.from_numpy(np.stack([request.pixel_values for request in first_of.values()])).to(device)
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self._image.mean, self._image.std))
-        normalised = (pixels.permute(0, 3, 1, 2).float() * self._image.rescale_factor - mean) / std
+        # Looked up, so that it is rounded once from float64, as the image processor in numpy does.
+        scaled = (torch.arange(256, dtype=torch.float64) * self._image.rescale_factor).float().to(device)
+        normalised = (scaled[pixels.int()].permute(0, 3, 1, 2) - mean) / std
         features = florence.get_image_features(normalised.to(dtype)).pooler_output  # [I, S, d]
         index = torch.tensor([position[request.image_key] for request in requests], device=device)
         input_ids = torch.from_numpy(np.stack([request.input_ids for request in requests])).to(device)
