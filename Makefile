@@ -10,6 +10,8 @@ RUN := $(VENV)/bin
 SAY := @printf '\033[1m== %s\033[0m\n'
 
 export UV_PYTHON_DOWNLOADS := never
+# Set in some containers; without bytecode on disk every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint types quick slow lock setup clean train evaluate
 

@@ -22,7 +22,7 @@ from florence2_kserve.local import LocalService
 from florence2_kserve.tasks import TASKS
 from florence2_kserve.tiny.scenes import Scene, held_out_scene
 
-DEMO_SCENES = (1, 8)
+DEMO_SCENES = (36, 30)  # four things and a word; four things
 SCALE = 4  # the annotated picture's pixels per pixel of the scene
 SWITCH = "florence2 serve --model florence-community/Florence-2-large-ft"
 TOY = f"The embedded model is a toy that was trained on drawn scenes. The real one: {SWITCH}"
@@ -157,7 +157,8 @@ def _annotate(scene: Scene, answers: dict[str, Any]) -> Image.Image:
         scaled = [(x * SCALE, y * SCALE) for x, y in zip(points[::2], points[1::2], strict=True)]
         draw.line([*scaled, scaled[0]], fill=color, width=thickness)
         if label:
-            corner = (min(x for x, _ in scaled) + 4, max(0, min(y for _, y in scaled) - 5 * SCALE))
+            top, bottom = min(y for _, y in scaled), max(y for _, y in scaled)
+            corner = (min(x for x, _ in scaled) + 4, top - 5 * SCALE if top > 6 * SCALE else bottom + SCALE)
             draw.rectangle(draw.textbbox(corner, label, font=font), fill="white")
             draw.text(corner, label, fill=color, font=font)
 

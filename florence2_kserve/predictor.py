@@ -20,7 +20,7 @@ from florence2_kserve.engine.interface import (
     EngineStopped,
     GenerationRequest,
     GenerationResult,
-    InvalidPrompt,
+    InvalidRequest,
     QueueFull,
 )
 from florence2_kserve.model_files import locate_model
@@ -168,8 +168,8 @@ class Florence2Predictor(Model):
             futures = engine.submit(requests)
             async with asyncio.timeout(seconds):
                 return await asyncio.gather(*map(asyncio.wrap_future, futures))
-        except InvalidPrompt as error:
-            raise errors.BadTensor("input_ids", str(error)) from None
+        except InvalidRequest as error:
+            raise errors.BadTensor(error.field, str(error)) from None
         except QueueFull as error:
             raise errors.QueueFull(f"the queue is full: {error}", retry_after_s=1) from None
         except (DeadlineExceeded, TimeoutError):

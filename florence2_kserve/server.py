@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect
 
 from florence2_kserve import __version__, errors
 from florence2_kserve.protocol.rest import decode_request, encode_response
+from florence2_kserve.protocol.tensors import check_datatype
 from florence2_kserve.settings import Settings
 
 T = TypeVar("T")
@@ -121,8 +122,17 @@ class _Health(health_pb2_grpc.HealthServicer):
             await asyncio.sleep(_HEALTH_WATCH_S)
 
 
-class _ClosedRepository(InferenceServicer):
-    """The SDK's servicer without loading and unloading by clients."""
+class _Servicer(InferenceServicer):
+    """The SDK's servicer; it names the tensor whose data type nobody knows."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        for tensor in request.inputs:
+            check_datatype(tensor.name, tensor.datatype)
+        return await super().ModelInfer(request, context)
+
+
+class _ClosedRepository(_Servicer):
+    """The same, without loading and unloading by clients."""
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
         raise _repository_closed()
@@ -151,7 +161,7 @@ class _GrpcServer(GRPCServer):
                 ("grpc.so_reuseport", 0),
             ],
         )
-        servicer = InferenceServicer if settings.open_model_repository else _ClosedRepository
+        servicer = _Servicer if settings.open_model_repository else _ClosedRepository
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
             servicer(self._data_plane, self._model_repository_extension), self._server
         )

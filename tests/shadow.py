@@ -153,7 +153,7 @@ def write_original(
     _write_json(folder / "generation_config.json", {"num_beams": 3, "early_stopping": False})
     _write_json(folder / "preprocessor_config.json", _original_preprocessor_config(size))
     (folder / "tokenizer.json").write_text(tokenizer_json(added=False), encoding="utf-8")
-    _write_json(folder / "vocab.json", json.loads(tokenizer_json(added=False))["model"]["vocab"])
+    (folder / "vocab.json").write_text(_vocab_json(), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", {"model_max_length": 1024})
     return folder
 
@@ -201,7 +201,7 @@ def write_native(
     _write_json(folder / "processor_config.json", processor)
     _write_json(folder / "preprocessor_config.json", _native_image_processor(size))
     tokenizer = json.loads(tokenizer_json(added=True))
-    _write_json(folder / "vocab.json", tokenizer["model"]["vocab"])
+    (folder / "vocab.json").write_text(_vocab_json(), encoding="utf-8")
     merges = "\n".join(" ".join(merge) for merge in tokenizer["model"]["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"] if entry["id"] >= BART_ENTRIES}
@@ -357,9 +357,17 @@ def original_tensor(key: str, shape: list[int]) -> Array:
 
 def draw(name: str, shape: list[int]) -> Array:
     """Returns float32 values of mean 0 and variance 1, uniformly drawn by PCG64 seeded with `name`'s SHA-256."""
+    is_small = math.prod(shape) < 2**22
+    return _kept(name, tuple(shape)).copy() if is_small else _drawn(name, tuple(shape))
+
+
+def _drawn(name: str, shape: tuple[int, ...]) -> Array:
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest(), "little")
     values = np.random.Generator(np.random.PCG64(seed)).random(shape, dtype=np.float32)
     return (values - np.float32(0.5)) * np.float32(math.sqrt(12))
+
+
+_kept = lru_cache(maxsize=400)(_drawn)  # a small checkpoint is written many times over
 
 
 def _sinusoids(positions: int, width: int) -> Array:
@@ -394,8 +402,7 @@ def _write_weights(folder: Path, tensors: dict[str, Array], shards: int, change:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    is_small = len(content) < 1000  # indenting a vocabulary takes long
-    path.write_text(json.dumps(content, indent=2 if is_small else None), encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 @lru_cache
@@ -436,6 +443,11 @@ def tokenizer_json(*, added: bool) -> str:
     if added:
         tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in [*ADDED_TOKENS, "<image>"]])
     return tokenizer.to_str()
+
+
+@lru_cache
+def _vocab_json() -> str:
+    return json.dumps(json.loads(tokenizer_json(added=False))["model"]["vocab"])
 
 
 def _original_preprocessor_config(size: Size) -> dict[str, Any]:

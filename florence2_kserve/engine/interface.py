@@ -27,8 +27,16 @@ class EngineStopped(RuntimeError):
     """The engine is closed, or closed while the request waited."""
 
 
-class InvalidPrompt(ValueError):
-    """The prompt holds ids that the model doesn't know, or is too long for it."""
+class InvalidRequest(ValueError):
+    """The model can't take the request.
+
+    Attributes:
+        field: The field of GenerationRequest that is wrong.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +99,7 @@ class Engine(ABC):
             A future for each; it may raise DeadlineExceeded or EngineStopped.
 
         Raises:
-            InvalidPrompt: If a prompt can't be fed to the model; nothing is queued.
+            InvalidRequest: If the model can't take one of them; nothing is queued.
             QueueFull: If the queue can't take all of them; nothing is queued.
             EngineStopped: If the engine is closed.
         """

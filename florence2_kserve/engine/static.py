@@ -26,7 +26,7 @@ from florence2_kserve.engine.interface import (
     EngineStopped,
     GenerationRequest,
     GenerationResult,
-    InvalidPrompt,
+    InvalidRequest,
     QueueFull,
 )
 from florence2_kserve.processor import ImageSettings
@@ -123,13 +123,20 @@ class StaticBatchEngine(Engine):
         # Ids or positions beyond their tables are asserts on a GPU that end the process.
         ids, loaded = request.input_ids, self._loaded
         room = loaded.max_source_positions - self._image.image_seq_length
+        size, pixels = (self._image.height, self._image.width, 3), request.pixel_values
+        if pixels.shape != size or pixels.dtype != np.uint8:
+            raise InvalidRequest(
+                "pixel_values", f"expected uint8 {list(size)}, got {pixels.dtype} {list(pixels.shape)}"
+            )
         if not 1 <= len(ids) <= room:
-            raise InvalidPrompt(f"prompt has {len(ids)} tokens; this model takes 1 to {room} beside the image")
+            raise InvalidRequest(
+                "input_ids", f"prompt has {len(ids)} tokens; this model takes 1 to {room} beside the image"
+            )
         if ids.min() < 0 or ids.max() >= loaded.vocab_size:
-            raise InvalidPrompt(f"prompt has an id outside 0 to {loaded.vocab_size - 1}")
+            raise InvalidRequest("input_ids", f"prompt has an id outside 0 to {loaded.vocab_size - 1}")
         if not 1 <= request.max_new_tokens <= loaded.max_target_positions:
-            raise InvalidPrompt(
-                f"max_new_tokens is {request.max_new_tokens}; this model takes 1 to {loaded.max_target_positions}"
+            raise InvalidRequest(
+                "max_new_tokens", f"expected 1 to {loaded.max_target_positions}, got {request.max_new_tokens}"
             )
 
     def _loop(self) -> None:

@@ -316,6 +316,10 @@ def read_options(parameters: Mapping[str, Any] | None, bounds: Bounds) -> Genera
     from kserve.protocol.infer_type import to_http_parameters
 
     plain: dict[str, Any] = to_http_parameters(parameters) if parameters else {}
+    for name in parameters or {}:
+        # Over gRPC a number may be lost on the way: the protocol knows no fractions, and clients drop them silently.
+        if name not in plain:
+            raise BadRequest(f"parameter {name}: has no value; send fractions as strings")
     try:
         options = GenerationOptions.model_validate(
             {key: value for key, value in plain.items() if key not in _TRANSPORT_PARAMETERS}

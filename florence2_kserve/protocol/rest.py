@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from florence2_kserve.errors import BadRequest, BadTensor
-from florence2_kserve.protocol.tensors import DATATYPES, pack
+from florence2_kserve.protocol.tensors import check_datatype, pack
 
 if TYPE_CHECKING:
     from kserve.protocol.infer_type import InferRequest, InferResponse
@@ -52,8 +52,7 @@ def decode_request(body: bytes, headers: Mapping[str, str], model_name: str) -> 
         if not isinstance(parameters, dict):
             raise BadTensor(name, "parameters have to be a JSON object")
         tensor = InferInput(name, shape, datatype, parameters=parameters)
-        if datatype.upper() not in DATATYPES:
-            raise BadTensor(name, f"unknown datatype {datatype!r}; known: {', '.join(DATATYPES)}")
+        check_datatype(name, datatype.upper())
         size = parameters.get("binary_data_size")
         if size is not None and "data" in entry:
             raise BadTensor(name, "has both data and binary_data_size")

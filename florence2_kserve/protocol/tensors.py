@@ -56,6 +56,16 @@ class Tensor:
         return [int(n) for n in self.data.shape]
 
 
+def check_datatype(name: str, datatype: str) -> None:
+    """Checks that V2 has such a data type.
+
+    Raises:
+        BadTensor: If it hasn't.
+    """
+    if datatype not in DATATYPES:
+        raise BadTensor(name, f"unknown datatype {datatype!r}; known: {', '.join(DATATYPES)}")
+
+
 def bytes_array(values: Sequence[bytes]) -> np.ndarray[Any, Any]:
     """Returns a BYTES array [N]; numpy itself would strip trailing zero bytes."""
     array = np.empty(len(values), dtype=np.object_)
@@ -106,7 +116,7 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Sequence
     Raises:
         BadTensor: If values are of another type or number than `datatype` and `shape` say.
     """
-    flat = _flatten(values)
+    flat = _flatten(name, values, shape)
     if datatype == "BYTES":
         return _shaped(name, shape, [_to_bytes(name, row, value) for row, value in enumerate(flat)])
     dtype = DATATYPES[datatype]
@@ -131,8 +141,7 @@ def from_infer_input(tensor: InferInput) -> Tensor:
         BadTensor: On an unknown data type, a bad shape, or data that don't fit them.
     """
     name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
-    if datatype not in DATATYPES:
-        raise BadTensor(name, f"unknown datatype {datatype!r}; known: {', '.join(DATATYPES)}")
+    check_datatype(name, datatype)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
         raise BadTensor(name, f"shape {list(shape)} has to hold whole numbers, none negative")
     raw = tensor._raw_data  # the SDK has no public way to the bytes as sent
@@ -156,11 +165,19 @@ def _shaped(name: str, shape: Sequence[int], values: list[bytes]) -> np.ndarray[
     return bytes_array(values).reshape(shape)
 
 
-def _flatten(values: Sequence[Any]) -> list[Any]:
-    flat = list(values)
-    while any(isinstance(value, list) for value in flat):
-        flat = [leaf for value in flat for leaf in (value if isinstance(value, list) else [value])]
-    return flat
+def _flatten(name: str, values: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """Returns the leaves of `values`, which are flat or nested just as `shape` says."""
+    if not any(isinstance(value, list) for value in values):
+        return list(values)
+    level: list[Any] = [values]
+    for size in shape:
+        if any(not isinstance(value, Sequence) or isinstance(value, str) or len(value) != size for value in level):
+            break
+        level = [inner for value in level for inner in value]
+    else:
+        if not any(isinstance(value, list) for value in level):
+            return level
+    raise BadTensor(name, f"data are nested in another way than shape {list(shape)} says")
 
 
 def _to_bytes(name: str, row: int, value: object) -> bytes:

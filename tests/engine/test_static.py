@@ -13,7 +13,7 @@ from florence2_kserve.engine.interface import (
     DeadlineExceeded,
     EngineStopped,
     GenerationRequest,
-    InvalidPrompt,
+    InvalidRequest,
     QueueFull,
 )
 from florence2_kserve.engine.static import StaticBatchEngine
@@ -134,12 +134,17 @@ def test_length_penalty_divides_the_score(engine, processor):
         ({"input_ids": np.zeros(5000, dtype=np.int64)}, "prompt has 5000 tokens; this model takes 1 to"),
         ({"input_ids": np.array([0, 10**6])}, "an id outside 0 to"),
         ({"input_ids": np.array([0, -1])}, "an id outside 0 to"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_new_tokens": 10**6}, "max_new_tokens is 1000000"),
+        ({"max_new_tokens": 0}, "expected 1 to 1024, got 0"),
+        ({"max_new_tokens": 10**6}, "expected 1 to 1024, got 1000000"),
+        (
+            {"pixel_values": np.zeros((1, 1, 3), dtype=np.uint8)},
+            r"expected uint8 \[192, 192, 3\], got uint8 \[1, 1, 3\]",
+        ),
+        ({"pixel_values": np.zeros((192, 192, 3), dtype=np.float32)}, "got float32"),
     ],
 )
 def test_prompts_that_the_model_cannot_take_are_refused_before_they_wait(engine, processor, changes, says):
-    with pytest.raises(InvalidPrompt, match=says):
+    with pytest.raises(InvalidRequest, match=says):
         engine.submit([request(processor), request(processor, **changes)])
     assert answer(engine, request(processor))[0].finish_reason == "stop"
 
@@ -171,17 +176,27 @@ def test_a_cancelled_row_is_dropped_and_others_are_answered(engine, processor):
         second.result(1)
 
 
-def test_one_row_that_breaks_the_model_fails_alone(engine, processor):
-    # A picture of a wrong size passes the host's checks and fails inside the model.
-    broken = request(processor, pixel_values=np.zeros((1, 1, 3), dtype=np.uint8), image_key=b"broken")
-    good, bad, other = engine.submit([request(processor, 0), broken, request(processor, 1)])
+class Poisoned(StaticBatchEngine):
+    """Fails as a device would, whenever a certain picture is in the batch."""
+
+    def _encode(self, requests):
+        if any(request.image_key == b"poison" for request in requests):
+            raise RuntimeError("device error")
+        return super()._encode(requests)
+
+
+def test_one_row_that_breaks_the_model_fails_alone(loaded, processor):
+    engine = Poisoned(loaded, processor.image)
+    poison = request(processor, image_key=b"poison")
+    good, bad, other = engine.submit([request(processor, 0), poison, request(processor, 1)])
     alone = answer(engine, request(processor, 0), request(processor, 1))
     assert [good.result(60).sequence.tolist(), other.result(60).sequence.tolist()] == [
         result.sequence.tolist() for result in alone
     ]
-    with pytest.raises(Exception):  # noqa: B017, PT011, whatever the model said
+    with pytest.raises(RuntimeError, match="device error"):
         bad.result(60)
     assert engine.is_healthy
+    engine.close()
 
 
 def test_a_closed_engine_refuses_and_lets_nobody_wait(loaded, processor):

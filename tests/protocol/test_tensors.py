@@ -76,6 +76,12 @@ def test_nested_values_are_read_in_row_major_order():
     assert from_values("x", "BYTES", [2, 1], [["a"], ["b"]]).tolist() == [[b"a"], [b"b"]]
 
 
+@pytest.mark.parametrize(("shape", "values"), [([1, 1], [[["a"]]]), ([2, 1], [["a", "b"]]), ([2], [["a"], "b"])])
+def test_values_nested_unlike_the_shape_are_refused(shape, values):
+    with pytest.raises(BadTensor, match="nested in another way"):
+        from_values("x", "BYTES", shape, values)
+
+
 def test_a_tensor_knows_its_v2_type_and_shape():
     tensor = Tensor("x", np.zeros((2, 3), dtype=np.uint8))
     assert (tensor.datatype, tensor.shape) == ("UINT8", [2, 3])
