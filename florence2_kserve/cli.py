@@ -75,7 +75,10 @@ def read_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        problems = "; ".join(f"--{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        problems = "; ".join(
+            f"--{problem['loc'][0]}: {problem['msg']}" if problem["loc"] else problem["msg"]
+            for problem in error.errors()
+        )
         raise typer.BadParameter(problems) from None
 
 

@@ -234,9 +234,7 @@ class Florence2Client:
 class _Rest:
     def __init__(self, url: str, model_name: str, headers: dict[str, str]) -> None:
         self._model = f"/v2/models/{model_name}"
-        # A proxy of the environment can't reach this machine's own loopback address.
-        local = httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
-        self._http = httpx.Client(base_url=url, headers=headers, trust_env=not local)
+        self._http = httpx.Client(base_url=url, headers=headers, trust_env=not _is_local(httpx.URL(url).host))
 
     def infer(
         self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any], timeout: float
@@ -293,8 +291,10 @@ class _Grpc:
     def __init__(self, target: str, model_name: str, headers: dict[str, str], max_message_bytes: int) -> None:
         self._model_name = model_name
         self._metadata = tuple((key.lower(), value) for key, value in headers.items())
-        limits = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("send", "receive")]
-        self._channel = grpc.insecure_channel(target, options=limits)
+        options = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("send", "receive")]
+        if _is_local(target.rpartition(":")[0].strip("[]")):
+            options.append(("grpc.enable_http_proxy", 0))
+        self._channel = grpc.insecure_channel(target, options=options)
 
     def infer(
         self, inputs: dict[str, np.ndarray[Any, Any]], parameters: dict[str, Any], timeout: float
@@ -336,6 +336,11 @@ class _Grpc:
         except grpc.RpcError as error:
             kind = _BY_GRPC_STATUS.get(error.code(), ServerError)
             raise kind(error.details() or "", error.code().name) from None
+
+
+def _is_local(host: str) -> bool:
+    # A proxy of the environment can't reach this machine's own loopback address.
+    return host in ("localhost", "127.0.0.1", "::1")
 
 
 def _read(image: Image) -> bytes:

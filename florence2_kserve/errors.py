@@ -69,10 +69,10 @@ class NotFound(ServiceError):
 
 
 class TooLarge(ServiceError):
-    """Body or image over the limit: 413 / RESOURCE_EXHAUSTED."""
+    """Body or image over the limit: 413 / INVALID_ARGUMENT, since a retry won't help."""
 
     http_status = 413
-    status_code = StatusCode.RESOURCE_EXHAUSTED
+    status_code = StatusCode.INVALID_ARGUMENT
 
 
 class QueueFull(ServiceError):
@@ -80,6 +80,9 @@ class QueueFull(ServiceError):
 
     http_status = 429
     status_code = StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, details: str, *, retry_after_s: float | None = 1.0) -> None:
+        super().__init__(details, retry_after_s=retry_after_s)
 
 
 class ClientGone(ServiceError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,9 @@ from florence2_kserve.settings import PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Sett
 
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.1
+_SPARE_S = 10.0  # beyond what a process may take to drain
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_PR_SET_PDEATHSIG = 1  # from Linux' prctl.h
 
 
 def free_port() -> int:
@@ -47,20 +51,19 @@ def run_local(settings: Settings) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    # The transformer comes first in the list: it is stopped first, so that it can still drain.
-    children = [
-        _start("transformer", transformer, TRANSFORMER_FIELDS),
-        _start("predictor", predictor, PREDICTOR_FIELDS),
-    ]
+    handlers = {number: signal.signal(number, note) for number in _ENDING_SIGNALS}
+    children: list[subprocess.Popen[bytes]] = []
     try:
+        # The transformer comes first: it is stopped first, so that it can still drain.
+        children.append(_start("transformer", transformer, TRANSFORMER_FIELDS))
+        children.append(_start("predictor", predictor, PREDICTOR_FIELDS))
         while not signals and all(child.poll() is None for child in children):
             time.sleep(_POLL_S)
         ended = [child.returncode for child in children if child.poll() is not None]
         return 0 if signals else next((code for code in ended if code), 1)
     finally:
         for child in children:
-            _end(child, settings.drain_seconds + settings.grace_period + 10)
+            _end(child, settings.drain_seconds + settings.grace_period + _SPARE_S)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -120,7 +123,11 @@ class LocalService:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process is not None:
-            _end(self.process, 60)
+            drain, grace = (
+                float(self._flags.get(name, Settings.model_fields[name].default))
+                for name in ("drain_seconds", "grace_period")
+            )
+            _end(self.process, 2 * (drain + grace + _SPARE_S) + _SPARE_S)
         self._log.close()
         Path(self._log.name).unlink(missing_ok=True)
 
@@ -138,8 +145,16 @@ def _start(command: str, settings: Settings, fields: list[str]) -> subprocess.Po
     # Flags say it all: a variable meant for the one process must not reach the other.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FLORENCE2_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "florence2_kserve.cli", command, *flags], env=environment, start_new_session=True
+        [sys.executable, "-m", "florence2_kserve.cli", command, *flags],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when its parent is killed without a chance to end it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:

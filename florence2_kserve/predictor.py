@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from kserve import Model
@@ -38,6 +39,7 @@ from florence2_kserve.protocol.public import Bounds
 from florence2_kserve.settings import Settings
 from florence2_kserve.tasks import TASKS
 
+T = TypeVar("T")
 EngineFactory = Callable[[Settings], tuple[Engine, Processor]]
 
 
@@ -79,7 +81,7 @@ class Florence2Predictor(Model):
     async def start_engine(self) -> None:
         """Loads the model and warms it up, in a thread; an error here ends the server."""
         started = time.monotonic()
-        engine, processor = await asyncio.to_thread(self._engine_factory, self._settings)
+        engine, processor = await asyncio.wrap_future(_in_daemon_thread(self._engine_factory, self._settings))
         loaded = time.monotonic()
         try:
             await asyncio.wrap_future(engine.submit([_warm_up_request(processor)])[0])
@@ -171,7 +173,7 @@ class Florence2Predictor(Model):
         except InvalidRequest as error:
             raise errors.BadTensor(error.field, str(error)) from None
         except QueueFull as error:
-            raise errors.QueueFull(f"the queue is full: {error}", retry_after_s=1) from None
+            raise errors.QueueFull(f"the queue is full: {error}") from None
         except (DeadlineExceeded, TimeoutError):
             raise errors.DeadlineExceeded(f"no answer within {seconds:g} s") from None
         except EngineStopped as error:
@@ -180,6 +182,21 @@ class Florence2Predictor(Model):
             # On a cancel or an error nobody waits for the other rows.
             for future in futures:
                 future.cancel()
+
+
+def _in_daemon_thread(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Runs `function` in a thread that doesn't keep the process alive: a SIGTERM while loading ends it at once."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future
 
 
 def _warm_up_request(processor: Processor) -> GenerationRequest:

@@ -17,7 +17,8 @@ from florence2_kserve.protocol.internal import GenerateCall, GenerateResult
 from florence2_kserve.settings import Settings
 
 FORWARDED_HEADERS = ("x-request-id", "traceparent", "tracestate", "authorization")
-DEFAULT_PORT = 80  # where KServe's Services listen; it injects the host without a port
+# Where KServe's Services listen; it injects the host without a port.
+DEFAULT_PORT, DEFAULT_TLS_PORT = 80, 443
 _FIRST_BACKOFF_S = 0.1
 _HEALTH_TIMEOUT_S = 2.0
 
@@ -34,7 +35,8 @@ class PredictorClient:
         if not settings.predictor_host:
             raise ValueError("predictor_host is not set: the transformer needs --predictor-host HOST[:PORT]")
         host = settings.predictor_host
-        self._target = host if host.rpartition("]")[2].count(":") == 1 else f"{host}:{DEFAULT_PORT}"
+        port = DEFAULT_TLS_PORT if settings.predictor_use_ssl else DEFAULT_PORT
+        self._target = host if host.rpartition("]")[2].count(":") == 1 else f"{host}:{port}"
         self._settings = settings
         self._pad_token_id = pad_token_id
         self._channel: grpc.aio.Channel | None = None
@@ -59,7 +61,17 @@ class PredictorClient:
         message = wire.infer_request(
             model_name, call.to_tensors(), request_id=request_id, parameters=call.to_parameters()
         )
-        metadata = tuple((key, headers[key]) for key in FORWARDED_HEADERS if key in headers)
+        if message.ByteSize() > self._settings.grpc_max_send_message_length:
+            raise errors.TooLarge(
+                f"{len(call.pixel_values)} images make {message.ByteSize()} bytes for the predictor, over the limit "
+                f"grpc_max_send_message_length={self._settings.grpc_max_send_message_length}: send fewer at once"
+            )
+        # gRPC refuses to send anything but printable ASCII.
+        metadata = tuple(
+            (key, value)
+            for key in FORWARDED_HEADERS
+            if (value := headers.get(key)) and value.isascii() and value.isprintable()
+        )
         infer = wire.rpc(self._get_channel(), "ModelInfer")
         attempt = 0
         while True:
@@ -80,9 +92,11 @@ class PredictorClient:
             if attempt > self._settings.predictor_request_retries or time.monotonic() + pause >= deadline:
                 raise errors.Unavailable(f"the predictor can't answer now: {details}")
             await asyncio.sleep(pause)
-        return GenerateResult.from_tensors(
-            wire.response_tensors(answer), wire.response_parameters(answer), self._pad_token_id
-        )
+        try:
+            tensors = wire.response_tensors(answer)
+            return GenerateResult.from_tensors(tensors, wire.response_parameters(answer), self._pad_token_id)
+        except (errors.BadTensor, IndexError) as error:
+            raise errors.Internal(f"the predictor's answer can't be read: {error}") from error
 
     async def is_ready(self, model_name: str) -> bool:
         """Whether the predictor says that its model is ready."""
@@ -105,6 +119,7 @@ class PredictorClient:
             options: list[tuple[str, Any]] = [
                 ("grpc.max_send_message_length", self._settings.grpc_max_send_message_length),
                 ("grpc.max_receive_message_length", self._settings.grpc_max_receive_message_length),
+                ("grpc.enable_http_proxy", 0),  # an environment's proxy leads out of the cluster, not into it
                 # Behind a headless Service one name has many addresses: spread over all of them.
                 ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
                 # A predictor that restarts is back in a second, not in gRPC's default of up to two minutes.

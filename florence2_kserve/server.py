@@ -119,6 +119,8 @@ class _Health(health_pb2_grpc.HealthServicer):
             if status != last:
                 last = status
                 yield health_pb2.HealthCheckResponse(status=status)
+            if self._dataplane.draining:
+                return  # an open stream would hold up the server's end
             await asyncio.sleep(_HEALTH_WATCH_S)
 
 
@@ -166,7 +168,8 @@ class _GrpcServer(GRPCServer):
             servicer(self._data_plane, self._model_repository_extension), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self._data_plane), self._server)
-        self._server.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self._server.add_insecure_port(f"{host}:{settings.grpc_port}")
         await self._server.start()
         logger.info("gRPC on %s:%d", settings.host, settings.grpc_port)
         await self._server.wait_for_termination()
@@ -312,6 +315,12 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
             logger.exception("request failed")
             raise errors.Internal(f"internal error: {type(error).__name__}") from error
 
+    # The SDK would read bodies of any size here, and then answer that it can't.
+    @app.post("/v1/models/{path:path}", include_in_schema=False)
+    @app.post("/v2/models/{model_name}/versions/{path:path}", include_in_schema=False)
+    async def other_protocols(path: str) -> Response:
+        raise errors.NotFound("this server answers POST /v2/models/<model>/infer, without versions")
+
     if not settings.open_model_repository:
 
         @app.post("/v2/repository/models/{model_name}/load", tags=["V2"])
@@ -322,8 +331,6 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
 
 async def _infer(body: bytes, headers: dict[str, str], model_name: str, dataplane: DataPlane) -> Response:
     model = dataplane.get_model_from_registry(model_name)
-    if not await model.healthy():
-        raise errors.Unavailable("the model isn't ready")
     infer_request = decode_request(body, headers, model_name)
     response, _ = await model(infer_request, headers=headers)
     content, content_headers = encode_response(response, infer_request)

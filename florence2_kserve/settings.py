@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "FLORENCE2_"
@@ -38,10 +38,13 @@ class Settings(BaseSettings):
     max_num_beams: int = Field(8, ge=1, description="Largest num_beams that a request may ask for.")
 
     # Limits on what clients send
-    max_body_mib: float = Field(64, gt=0, description="Largest request body, in MiB, over REST and gRPC.")
+    max_body_mib: float = Field(
+        64, gt=0, description="Largest REST body, in MiB; over gRPC grpc_max_receive_message_length bounds it."
+    )
     max_image_mib: float = Field(20, gt=0, description="Largest encoded image, in MiB.")
     max_image_megapixels: float = Field(64, gt=0, description="Largest decoded image, in millions of pixels.")
-    max_rows: int = Field(64, ge=1, description="Largest number of answers (images times tasks) in one request.")
+    # 32 pictures of 768×768 fit into a gRPC message of the default size, on their way to the predictor.
+    max_rows: int = Field(32, ge=1, description="Largest number of answers (images times tasks) in one request.")
     request_timeout_seconds: float = Field(600, gt=0, description="Time for a request that names no timeout_ms.")
 
     # Life cycle
@@ -90,6 +93,14 @@ class Settings(BaseSettings):
         if value in ("v1", "v2"):
             raise ValueError(f"{value} is not spoken to the predictor; images travel as raw tensors over grpc-v2")
         return value
+
+    @model_validator(mode="after")
+    def _a_request_fits_into_the_queue(self) -> Settings:
+        if self.max_rows > self.max_queue_size:
+            raise ValueError(
+                f"max_rows={self.max_rows} rows of one request never fit max_queue_size={self.max_queue_size}"
+            )
+        return self
 
     @property
     def max_body_bytes(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +60,8 @@ class Florence2Transformer(Model):
         self._processor = Processor.load(files)
         self._predictor = PredictorClient(settings, self._processor.pad_token_id)
         self._bounds = Bounds(settings.max_rows, settings.max_num_beams, self._processor.max_target_tokens)
+        # Decoded images are large: no more at once than there are processors to decode them.
+        self._preparing = asyncio.Semaphore(settings.max_asyncio_workers or os.cpu_count() or 1)
         self.ready = True
 
     def load(self) -> bool:
@@ -96,7 +100,12 @@ class Florence2Transformer(Model):
         if not isinstance(payload, InferRequest):
             raise errors.BadRequest("this model speaks the V2 protocol only: POST /v2/models/<model>/infer")
         started = time.monotonic()
-        work = await asyncio.to_thread(self._prepare, payload, started)
+        nobody_waits = threading.Event()
+        try:
+            async with self._preparing:
+                work = await asyncio.to_thread(self._prepare, payload, started, nobody_waits)
+        finally:
+            nobody_waits.set()
         work.timings["preprocess_us"] = _microseconds_since(started)
         return work
 
@@ -121,13 +130,15 @@ class Florence2Transformer(Model):
         """Turns token sequences into the answers asked for, in a thread."""
         return await asyncio.to_thread(self._finish, result)
 
-    def _prepare(self, request: InferRequest, started: float) -> _Work:
+    def _prepare(self, request: InferRequest, started: float, nobody_waits: threading.Event) -> _Work:
         call = read_call(request, self._bounds)
         seconds = self._settings.request_timeout_seconds
         if call.options.timeout_ms is not None:
             seconds = min(seconds, call.options.timeout_ms / 1000)
         pixel_values, sizes = [], []
         for row, data in enumerate(call.images):
+            if time.monotonic() >= started + seconds or nobody_waits.is_set():
+                raise errors.DeadlineExceeded(f"time ran out while images were decoded, before row {row}")
             pixels, size = self._read_image(data, row)
             pixel_values.append(pixels)
             sizes.append(size)

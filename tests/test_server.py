@@ -179,6 +179,61 @@ def test_serve_ends_when_its_predictor_does():
         assert not any(Path(f"/proc/{pid}").exists() for pid in commands), "a child was left running"
 
 
+def test_a_killed_serve_leaves_no_child():
+    with LocalService() as service:
+        assert service.process is not None
+        children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
+        assert len(children) == 2
+        service.process.kill()
+        service.process.wait()
+        end = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in children):
+            assert time.monotonic() < end, "a child was left running"
+            time.sleep(0.1)
+
+
+def test_a_full_queue_is_429_with_retry_after_and_others_are_answered():
+    with LocalService(max_queue_size=1, max_rows=1, max_batch_size=1) as service:
+        answers: list[requests.Response] = []
+        request = body(task="<MORE_DETAILED_CAPTION>", num_beams=8)
+
+        def ask() -> None:
+            answers.append(requests.post(infer_url(service), json=request, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+        assert all("queue is full" in answer.json()["error"] for answer in refused)
+        assert {answer.status_code for answer in answers} == {200, 429}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/florence2:predict", "/v1/models/florence2:explain", "/v2/models/florence2/versions/1/infer"]
+)
+def test_other_protocols_are_refused_unread(service, path):
+    response = requests.post(service.rest_url + path, data=b"{", timeout=20)
+    assert response.status_code == 404
+    assert "/v2/models/<model>/infer" in response.json()["error"]
+
+
+def test_headers_that_grpc_cannot_carry_do_no_harm(service):
+    headers = {"x-request-id": "caf\u00e9".encode("latin-1"), "traceparent": "00-ab-cd-01"}
+    assert requests.post(infer_url(service), json=body(), headers=headers, timeout=60).status_code == 200
+
+
+def test_images_that_make_too_large_a_message_are_refused_with_413():
+    flags = {"predictor_host": "127.0.0.1:1", "grpc_max_send_message_length": 50_000}
+    with LocalService("transformer", wait=False, **flags) as small:
+        response = requests.post(infer_url(small), json=body(), timeout=20)
+        assert response.status_code == 413
+        assert "send fewer at once" in response.json()["error"]
+
+
 @pytest.mark.parametrize("flags", [{"model": "/no/such/folder"}, {"device": "cuda:7"}])
 def test_a_predictor_that_cannot_load_ends_with_the_reason(flags):
     if flags.get("device") == "cuda:7":

@@ -75,6 +75,7 @@ def test_what_the_controller_injects_is_understood(parsed):
         ("transformer", ["--predictor_protocol", "v2"], "v2 is not spoken to the predictor"),
         ("predictor", ["--dtype", "int8"], "--dtype"),
         ("predictor", ["--predictor-host", "x"], "No such option"),
+        ("predictor", ["--max-rows", "9", "--max-queue-size", "8"], "never fit max_queue_size=8"),
     ],
 )
 def test_wrong_flags_end_the_program_with_the_flags_name(command, arguments, says):

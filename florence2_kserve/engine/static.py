@@ -140,15 +140,20 @@ class StaticBatchEngine(Engine):
             )
 
     def _loop(self) -> None:
-        while batch := self._next_batch():
-            try:
-                self._answer(batch)
-            except Exception:
-                logger.exception("a batch of %d rows failed; its rows are tried one by one", len(batch))
-                for row in batch:
-                    self._answer_alone(row)
-        for row in self._waiting:
-            _fail(row, EngineStopped("the engine was stopped"))
+        try:
+            while batch := self._next_batch():
+                try:
+                    self._answer(batch)
+                except Exception:
+                    logger.exception("a batch of %d rows failed; its rows are tried one by one", len(batch))
+                    for row in batch:
+                        self._answer_alone(row)
+        finally:
+            with self._changed:
+                self._stopped = True
+                left, self._waiting = self._waiting, deque()
+            for row in left:
+                _fail(row, EngineStopped("the engine was stopped"))
 
     def _next_batch(self) -> list[_Row]:
         with self._changed:
@@ -274,10 +279,10 @@ def _without_padding(tokens: np.ndarray[Any, Any], eos: int) -> np.ndarray[Any, 
 
 
 def _succeed(row: _Row, result: GenerationResult) -> None:
-    if row.future.set_running_or_notify_cancel():
+    if not row.future.done() and row.future.set_running_or_notify_cancel():
         row.future.set_result(result)
 
 
 def _fail(row: _Row, error: Exception) -> None:
-    if row.future.set_running_or_notify_cancel():
+    if not row.future.done() and row.future.set_running_or_notify_cancel():
         row.future.set_exception(error)

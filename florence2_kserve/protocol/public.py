@@ -60,7 +60,7 @@ class GenerationOptions(BaseModel):
     max_new_tokens: Annotated[int, _Number, Field(ge=1)] | None = None
     num_beams: Annotated[int, _Number, Field(ge=1)] | None = None
     length_penalty: Annotated[float, _Number, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
-    timeout_ms: Annotated[int, _Number, Field(ge=1)] | None = None
+    timeout_ms: Annotated[int, _Number, Field(ge=1, le=86_400_000)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

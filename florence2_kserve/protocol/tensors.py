@@ -33,6 +33,9 @@ DATATYPES: Mapping[str, np.dtype[Any]] = {
 _DATATYPE_OF = {dtype: name for name, dtype in DATATYPES.items()}
 
 
+_MOST_AXES, _LONGEST_AXIS = 8, 2**31
+
+
 @dataclass(slots=True)
 class Tensor:
     """A named V2 tensor.
@@ -142,8 +145,12 @@ def from_infer_input(tensor: InferInput) -> Tensor:
     """
     name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
     check_datatype(name, datatype)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-        raise BadTensor(name, f"shape {list(shape)} has to hold whole numbers, none negative")
+    if len(shape) > _MOST_AXES or any(
+        isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < _LONGEST_AXIS for n in shape
+    ):
+        raise BadTensor(
+            name, f"shape has to hold at most {_MOST_AXES} whole numbers from 0 on; it is {str(list(shape))[:100]}"
+        )
     raw = tensor._raw_data  # the SDK has no public way to the bytes as sent
     if raw is not None:
         return Tensor(name, unpack(name, datatype, shape, raw))

@@ -122,6 +122,9 @@ def test_an_image_comes_as_base64_or_as_it_is(value):
         ({"parameters": {"num_beams": 1.5}}, "parameter num_beams"),
         ({"parameters": {"num_beams": 0}}, "parameter num_beams"),
         ({"parameters": {"length_penalty": "nan"}}, "parameter length_penalty"),
+        ({"parameters": {"timeout_ms": "9" * 400}}, "parameter timeout_ms"),
+        ({"shape": [1] * 70}, "TASK_PROMPT: shape has to hold at most 8 whole numbers"),
+        ({"shape": [0, 10**30]}, "TASK_PROMPT: shape has to hold at most 8 whole numbers"),
         ({"parameters": {"priority": 1}}, "unknown parameter 'priority'; known: max_new_tokens"),
     ],
 )
