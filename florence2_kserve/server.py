@@ -178,12 +178,12 @@ class _GrpcServer(GRPCServer):
 class _RestServer(RESTServer):
     """The SDK's REST server without its middleware, which logs two lines of timing for every request."""
 
-    def __init__(self, settings: Settings, dataplane: TruthfulDataPlane, repository: Any) -> None:
+    def __init__(self, settings: Settings, dataplane: TruthfulDataPlane, repository: Any, http_port: int) -> None:
         super().__init__(
             "kserve.model_server:app",
             dataplane,
             repository,
-            settings.http_port,
+            http_port,
             access_log_format=settings.access_log_format,
             grace_period=settings.grace_period,
             event_loop=settings.event_loop,
@@ -248,7 +248,8 @@ class Florence2Server(ModelServer):
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        rest = _RestServer(self._settings, self.dataplane, self.model_repository_extension)
+        # The SDK's port, not the setting: with TLS it moves from 8080 to 8443.
+        rest = _RestServer(self._settings, self.dataplane, self.model_repository_extension, self.http_port)
         grpc = _GrpcServer(self._settings, self.dataplane, self.model_repository_extension)
         rest_task = asyncio.create_task(rest.start())
         parts = [rest_task, *map(asyncio.ensure_future, self.servers)]

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     grace_period: int = Field(30, ge=0, description="Time after that for requests in flight to finish.")
     host: str = Field("0.0.0.0", description="Address to listen on.")
     open_model_repository: bool = Field(
-        False, description="Let clients load and unload the model by the repository extension."
+        False, description="Let clients unload the model by the repository extension; only a restart brings it back."
     )
 
     # KServe: the server
@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     configure_logging: bool = Field(True, description="Let the SDK set up logging (KServe).")
     log_config_file: str | None = Field(None, description="Logging configuration, YAML or JSON (KServe).")
     access_log_format: str | None = Field(None, description="Access log format (KServe).")
-    event_loop: Literal["auto", "asyncio", "uvloop"] = Field("auto", description="Event loop (KServe).")
+    event_loop: Literal["auto", "asyncio", "uvloop"] = Field(
+        "auto", description="Accepted for KServe; asyncio's own loop serves (KServe)."
+    )
     timeout_keep_alive: int = Field(65, ge=0, description="Seconds an idle REST connection is kept (KServe).")
     ssl_certfile: str | None = Field(None, description="TLS certificate of the REST port (KServe).")
     ssl_keyfile: str | None = Field(None, description="TLS key of the REST port (KServe).")

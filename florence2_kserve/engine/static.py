@@ -237,18 +237,25 @@ class StaticBatchEngine(Engine):
         """Returns the text encoder's states [B, image tokens + L, d]; each distinct image goes through once."""
         florence = self._loaded.model.model
         device, dtype = self._loaded.model.device, self._loaded.model.dtype
-        first_of = {request.image_key: request for request in requests}
-        position = {key: index for index, key in enumerate(first_of)}
-        pixels = torch.from_numpy(np.stack([request.pixel_values for request in first_of.values()])).to(device)
+        images: list[np.ndarray[Any, Any]] = []
+        index_of: dict[bytes, int] = {}
+        positions = []
+        for request in requests:
+            index = index_of.get(request.image_key)
+            # The key is the caller's word; another's features are shared only where the pixels agree.
+            if index is None or not np.array_equal(images[index], request.pixel_values):
+                index = index_of[request.image_key] = len(images)
+                images.append(request.pixel_values)
+            positions.append(index)
+        pixels = torch.from_numpy(np.stack(images)).to(device)
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (self._image.mean, self._image.std))
         # Looked up, so that it is rounded once from float64, as the image processor in numpy does.
         scaled = (torch.arange(256, dtype=torch.float64) * self._image.rescale_factor).float().to(device)
         normalised = (scaled[pixels.int()].permute(0, 3, 1, 2) - mean) / std
         features = florence.get_image_features(normalised.to(dtype)).pooler_output  # [I, S, d]
-        index = torch.tensor([position[request.image_key] for request in requests], device=device)
         input_ids = torch.from_numpy(np.stack([request.input_ids for request in requests])).to(device)
         text = florence.get_input_embeddings()(input_ids)  # [B, L, d]
-        states = florence.language_model.encoder(inputs_embeds=torch.cat([features[index], text], dim=1))
+        states = florence.language_model.encoder(inputs_embeds=torch.cat([features[positions], text], dim=1))
         return states.last_hidden_state
 
     def _token_logprobs(

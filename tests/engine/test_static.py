@@ -109,6 +109,14 @@ def test_a_row_gets_the_same_answer_in_any_company(engine, processor):
         assert answer(engine, row)[0].sequence.tolist() == result.sequence.tolist()
 
 
+def test_a_key_that_lies_gets_nobody_anothers_answer(engine, processor):
+    rows = [request(processor, index, image_key=b"same") for index in (0, 1, 0, 2)]
+    together = answer(engine, *rows)
+    for row, result in zip(rows, together, strict=True):
+        assert answer(engine, row)[0].sequence.tolist() == result.sequence.tolist()
+    assert together[0].sequence.tolist() != together[1].sequence.tolist()
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_a_limit_cuts_the_answer_and_says_so(engine, loaded, processor, limit):
     row = request(processor, max_new_tokens=limit)
