@@ -147,9 +147,7 @@ class Florence2Predictor(Model):
         return write_generate_result(payload, result, processor.pad_token_id)
 
     async def _generate(self, engine: Engine, call: GenerateCall) -> list[GenerationResult]:
-        seconds = self._settings.request_timeout_seconds
-        if call.options.timeout_ms is not None:
-            seconds = min(seconds, call.options.timeout_ms / 1000)
+        seconds = call.options.timeout_seconds(self._settings.request_timeout_seconds)
         deadline = time.monotonic() + seconds
         requests = [
             GenerationRequest(

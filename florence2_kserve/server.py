@@ -292,14 +292,14 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
     @app.get("/v2/health/ready", tags=["V2"])
     async def ready() -> dict[str, bool]:
         if not await dataplane.ready():
-            raise errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
+            raise _not_ready(dataplane)
         return {"ready": True}
 
     @app.get("/v2/models/{model_name}/ready", tags=["V2"])
     async def model_ready(model_name: str) -> dict[str, Any]:
         # The SDK's own route logs a traceback for each probe that finds the model loading.
         if not await dataplane.model_ready(model_name):
-            raise errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
+            raise _not_ready(dataplane)
         return {"name": model_name, "ready": True}
 
     @app.post("/v2/models/{model_name}/infer", tags=["V2"])
@@ -392,6 +392,10 @@ async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future
         running.discard(stopping)
         for part in done - {stopping}:
             part.result()
+
+
+def _not_ready(dataplane: TruthfulDataPlane) -> errors.Unavailable:
+    return errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
 
 
 def _repository_closed() -> errors.Forbidden:

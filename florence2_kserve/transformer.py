@@ -132,9 +132,7 @@ class Florence2Transformer(Model):
 
     def _prepare(self, request: InferRequest, started: float, nobody_waits: threading.Event) -> _Work:
         call = read_call(request, self._bounds)
-        seconds = self._settings.request_timeout_seconds
-        if call.options.timeout_ms is not None:
-            seconds = min(seconds, call.options.timeout_ms / 1000)
+        seconds = call.options.timeout_seconds(self._settings.request_timeout_seconds)
         pixel_values, sizes = [], []
         for row, data in enumerate(call.images):
             if time.monotonic() >= started + seconds or nobody_waits.is_set():

@@ -31,7 +31,14 @@ import numpy as np
 
 from florence2_kserve.errors import BadRequest, BadTensor
 from florence2_kserve.protocol.public import Bounds, GenerationOptions, read_options
-from florence2_kserve.protocol.tensors import DATATYPES, Tensor, bytes_array, from_infer_input, to_infer_output
+from florence2_kserve.protocol.tensors import (
+    DATATYPES,
+    Tensor,
+    bytes_array,
+    from_infer_input,
+    named_inputs,
+    to_infer_output,
+)
 
 if TYPE_CHECKING:
     from kserve.protocol.infer_type import InferRequest, InferResponse
@@ -206,21 +213,14 @@ def describe(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[dict[str,
 
 def _checked_tensors(request: InferRequest) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for infer_input in request.inputs:
-        if infer_input.name not in REQUEST_TENSORS:
-            raise BadTensor(infer_input.name, f"unknown input; expected {', '.join(REQUEST_TENSORS)}")
-        if infer_input.name in tensors:
-            raise BadTensor(infer_input.name, "given twice")
-        datatype, shape = REQUEST_TENSORS[infer_input.name]
+    for name, infer_input in named_inputs(request, known=REQUEST_TENSORS, required=REQUEST_TENSORS).items():
+        datatype, shape = REQUEST_TENSORS[name]
         if infer_input.datatype != datatype:
-            raise BadTensor(infer_input.name, f"expected datatype {datatype}, got {infer_input.datatype}")
+            raise BadTensor(name, f"expected datatype {datatype}, got {infer_input.datatype}")
         tensor = from_infer_input(infer_input)
         if tensor.data.ndim != len(shape) or tensor.data.dtype != DATATYPES[datatype]:
-            raise BadTensor(infer_input.name, f"expected shape {shape}, got {tensor.shape}")
-        tensors[infer_input.name] = tensor
-    for name in REQUEST_TENSORS:
-        if name not in tensors:
-            raise BadTensor(name, "required input is missing")
+            raise BadTensor(name, f"expected shape {shape}, got {tensor.shape}")
+        tensors[name] = tensor
     return tensors
 
 

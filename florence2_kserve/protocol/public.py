@@ -11,14 +11,14 @@ import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from florence2_kserve.errors import BadRequest, BadTensor
-from florence2_kserve.protocol.tensors import Tensor, bytes_array, from_infer_input, to_infer_output
+from florence2_kserve.protocol.tensors import Tensor, bytes_array, from_infer_input, named_inputs, to_infer_output
 from florence2_kserve.tasks import Task, TaskInput, find_task
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class GenerationOptions(BaseModel):
     num_beams: Annotated[int, _Number, Field(ge=1)] | None = None
     length_penalty: Annotated[float, _Number, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
     timeout_ms: Annotated[int, _Number, Field(ge=1, le=86_400_000)] | None = None
+
+    def timeout_seconds(self, longest: float) -> float:
+        """Returns the seconds that the request may take: its own, but no more than the server's `longest`."""
+        return longest if self.timeout_ms is None else min(longest, self.timeout_ms / 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,6 @@ class RowAnswer:
     value: Any
     text: str
     score: float
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
@@ -139,7 +142,8 @@ def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
         BadTensor: If a tensor is missing, misnamed, of the wrong type or shape, or one of its rows is wrong.
         BadRequest: If a parameter or an output's name is wrong.
     """
-    tensors = _named_tensors(request)
+    inputs = named_inputs(request, known=INPUTS, required=REQUIRED_INPUTS)
+    tensors = {name: from_infer_input(infer_input) for name, infer_input in inputs.items()}
     images = _image_column(tensors[INPUT_IMAGE])
     prompts = tensors[TASK_PROMPT].data
     _check_bytes(tensors[TASK_PROMPT])
@@ -221,20 +225,6 @@ def decode_base64(value: bytes) -> bytes:
         return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(f"not valid base64: {error}") from None
-
-
-def _named_tensors(request: InferRequest) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for infer_input in request.inputs:
-        if infer_input.name not in INPUTS:
-            raise BadTensor(infer_input.name, f"unknown input; expected {', '.join(INPUTS)}")
-        if infer_input.name in tensors:
-            raise BadTensor(infer_input.name, "given twice")
-        tensors[infer_input.name] = from_infer_input(infer_input)
-    for name in REQUIRED_INPUTS:
-        if name not in tensors:
-            raise BadTensor(name, "required input is missing")
-    return tensors
 
 
 def _check_bytes(tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from florence2_kserve.errors import BadTensor
 
 if TYPE_CHECKING:
-    from kserve.protocol.infer_type import InferInput, InferOutput
+    from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest
 
 DATATYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -157,6 +157,25 @@ def from_infer_input(tensor: InferInput) -> Tensor:
     if isinstance(tensor.data, np.ndarray):
         return Tensor(name, tensor.data.reshape(shape))
     return Tensor(name, from_values(name, datatype, shape, tensor.data or []))
+
+
+def named_inputs(request: InferRequest, known: Collection[str], required: Collection[str]) -> dict[str, InferInput]:
+    """Returns the request's inputs by name.
+
+    Raises:
+        BadTensor: If one is unknown, given twice, or required and missing.
+    """
+    inputs: dict[str, InferInput] = {}
+    for infer_input in request.inputs:
+        if infer_input.name not in known:
+            raise BadTensor(infer_input.name, f"unknown input; expected {', '.join(known)}")
+        if infer_input.name in inputs:
+            raise BadTensor(infer_input.name, "given twice")
+        inputs[infer_input.name] = infer_input
+    for name in required:
+        if name not in inputs:
+            raise BadTensor(name, "required input is missing")
+    return inputs
 
 
 def to_infer_output(tensor: Tensor) -> InferOutput:
