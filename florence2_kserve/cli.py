@@ -1,4 +1,4 @@
-"""The command line: ``florence2 transformer | predictor | serve | demo | infer | evaluate-embedded``.
+"""The command line: ``florence2 transformer | predictor | serve | demo | infer | benchmark | evaluate-embedded``.
 
 Server commands take every field of ``Settings`` that means something to them as a flag, with
 hyphens or underscores, so that what KServe's controller injects fits.
@@ -159,6 +159,18 @@ def demo(
     raise typer.Exit(run_demo(output, model))
 
 
+@app.command(
+    "benchmark",
+    # Its options are read where they are listed once, so that it runs without this command line too.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def benchmark(context: typer.Context) -> None:
+    """Compare the engine with transformers' generate on static batches; --help lists its options."""
+    from florence2_kserve.benchmark.__main__ import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 @app.command("evaluate-embedded")
 def evaluate_embedded(
     scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 500,
@@ -195,13 +207,15 @@ def _serve(run: Callable[[], None]) -> None:
 
 def complete_switches(arguments: Sequence[str]) -> list[str]:
     """Returns `arguments` with ``=true`` behind bare switches: KServe passes some without a value, some with one."""
+    if arguments[:1] == ["benchmark"]:
+        return list(arguments)
     switches = {
         flag
         for field, spec in Settings.model_fields.items()
         if spec.annotation is bool
         for flag in (f"--{field}", f"--{field.replace('_', '-')}")
     }
-    followed_by_value = [not following.startswith("-") for following in arguments[1:]] + [False]
+    followed_by_value = [not following.startswith("-") for following in [*arguments[1:], "-"]][: len(arguments)]
     return [
         f"{argument}=true" if argument in switches and not has_value else argument
         for argument, has_value in zip(arguments, followed_by_value, strict=True)

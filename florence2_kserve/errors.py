@@ -96,6 +96,14 @@ class Internal(ServiceError):
     """A fault of the service itself: 500 / INTERNAL."""
 
 
+class RowFailed(Internal):
+    """One row can't be answered, through no fault of the caller; the message names it."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row, self.reason = row, reason
+        super().__init__(f"row {row}: {reason}")
+
+
 class Unavailable(ServiceError):
     """Loading, draining, or the predictor is away: 503 / UNAVAILABLE."""
 

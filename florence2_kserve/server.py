@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -36,12 +37,16 @@ from florence2_kserve.settings import Settings
 
 T = TypeVar("T")
 
-LIVENESS = "liveness"  # gRPC health service that stays SERVING while the model loads or drains
+LIVENESS = "liveness"  # gRPC health service that stays SERVING while the model loads or the server drains
 _HEALTH_WATCH_S = 0.5
 
 
 class TruthfulDataPlane(DataPlane):
-    """The SDK's data plane, ready only while every model is and the server doesn't drain."""
+    """The SDK's data plane, ready only while every model is and the server doesn't drain.
+
+    A model may have a property ``failure``, which says why the process must be replaced; the
+    server isn't live then.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +59,16 @@ class TruthfulDataPlane(DataPlane):
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         """Returns the V2 metadata of a model."""
         return await super().model_metadata(model_name) | {"platform": "florence2-kserve"}
+
+    @property
+    def failure(self) -> str | None:
+        """Why this process can answer no more and must be replaced; None as long as it can."""
+        reasons = (getattr(model, "failure", None) for model in self.model_registry.get_models().values())
+        return next((reason for reason in reasons if reason), None)
+
+    async def live(self) -> dict[str, str]:
+        """Returns the status ``alive``, unless a model says that the process must be replaced."""
+        return {"status": self.failure or "alive"}
 
     async def ready(self) -> bool:
         """Whether all models answer requests."""
@@ -96,7 +111,7 @@ class _Health(health_pb2_grpc.HealthServicer):
     async def _status(self, service: str) -> int:
         try:
             if service == LIVENESS:
-                serving = True
+                serving = self._dataplane.failure is None
             elif service in ("", "inference.GRPCInferenceService"):
                 serving = await self._dataplane.ready()
             else:
@@ -229,6 +244,9 @@ class Florence2Server(ModelServer):
             ssl_keyfile=settings.ssl_keyfile,
         )
         self._settings = settings
+        own = logging.getLogger("florence2_kserve")
+        if not own.handlers:  # the SDK configures its own loggers only; a log_config_file may name ours
+            own.handlers, own.level = logger.handlers, logger.level
         self.dataplane = TruthfulDataPlane(model_registry=self.registered_models)
         add_routes(kserve.model_server.app, self.dataplane, settings)
 
@@ -288,6 +306,12 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
     @app.exception_handler(errors.ServiceError)
     async def explain(request: Request, error: errors.ServiceError) -> Response:
         return JSONResponse({"error": error.details}, status_code=error.http_status, headers=error.headers)
+
+    @app.get("/v2/health/live", tags=["V2"])
+    async def live() -> dict[str, bool]:
+        if failure := dataplane.failure:
+            raise errors.Unavailable(failure)
+        return {"live": True}
 
     @app.get("/v2/health/ready", tags=["V2"])
     async def ready() -> dict[str, bool]:
@@ -381,7 +405,7 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future[Any]]) -> None:
-    """Waits for `stopping`; parts may end well before that (a model that has loaded), but not fail.
+    """Waits for `stopping`; parts may end well before that, but not fail.
 
     Raises:
         Exception: What a part failed with.
@@ -395,7 +419,7 @@ async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future
 
 
 def _not_ready(dataplane: TruthfulDataPlane) -> errors.Unavailable:
-    return errors.Unavailable("draining" if dataplane.draining else "the model isn't ready")
+    return errors.Unavailable(dataplane.failure or ("draining" if dataplane.draining else "the model isn't ready"))
 
 
 def _repository_closed() -> errors.Forbidden:

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "FLORENCE2_"
 MIB = 1024 * 1024
+_USUAL_BEAMS = 3  # what checkpoints ask for
 
 
 class Settings(BaseSettings):
@@ -33,9 +34,30 @@ class Settings(BaseSettings):
     )
 
     # The engine
-    max_batch_size: int = Field(8, ge=1, description="Rows decoded together.")
+    max_batch_size: int = Field(36, ge=1, description="Requests decoded together.")
+    max_decode_rows: int | None = Field(
+        None, ge=1, description="Beams decoded together; unset: 3 for each of max_batch_size, max_num_beams at least."
+    )
+    max_decode_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Beams times max_new_tokens that may be in flight; unset: as max_decode_rows need at most.",
+    )
+    vision_batch_size: int | None = Field(
+        None, ge=1, description="Images encoded between two decode steps; unset: 1 on CPU, 8 on a GPU."
+    )
+    vision_backend: Literal["auto", "transformers", "timm"] = Field(
+        "auto", description="Whose code runs the image tower."
+    )
+    compile_vision: bool = Field(False, description="Compile the image tower at start.")
+    decode_capture: Literal["off", "compile", "cuda-graph"] = Field(
+        "off", description="How decode steps are captured to spare their launches."
+    )
+    feature_cache_mib: float = Field(
+        256, ge=0, description="Image features kept on the device for images asked about again, in MiB; 0 keeps none."
+    )
     max_queue_size: int = Field(256, ge=1, description="Rows that may wait; beyond it requests get 429.")
-    max_num_beams: int = Field(8, ge=1, description="Largest num_beams that a request may ask for.")
+    max_num_beams: int = Field(8, ge=1, le=8, description="Largest num_beams that a request may ask for, 8 at most.")
 
     # Limits on what clients send
     max_body_mib: float = Field(
@@ -104,6 +126,27 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_request_fits_into_a_decode_step(self) -> Settings:
+        if self.max_decode_rows is not None and self.max_num_beams > self.max_decode_rows:
+            raise ValueError(
+                f"max_num_beams={self.max_num_beams} beams of one request never fit "
+                f"max_decode_rows={self.max_decode_rows}"
+            )
+        return self
+
+    @property
+    def decode_rows(self) -> int:
+        """Beams decoded together: max_decode_rows, or what it stands for where it is unset."""
+        if self.max_decode_rows is not None:
+            return self.max_decode_rows
+        return max(_USUAL_BEAMS * self.max_batch_size, self.max_num_beams)
+
+    @property
+    def feature_cache_bytes(self) -> int:
+        """Bound on image features kept, in bytes."""
+        return int(self.feature_cache_mib * MIB)
+
     @property
     def max_body_bytes(self) -> int:
         """Largest request body in bytes."""
@@ -162,7 +205,20 @@ TRANSFORMER_FIELDS = [
     "predictor_request_retries",
     "enable_predictor_health_check",
 ]
-PREDICTOR_FIELDS = [*SERVER_FIELDS, "device", "dtype", "max_batch_size", "max_queue_size"]
+PREDICTOR_FIELDS = [
+    *SERVER_FIELDS,
+    "device",
+    "dtype",
+    "max_queue_size",
+    "max_batch_size",
+    "max_decode_rows",
+    "max_decode_tokens",
+    "vision_batch_size",
+    "vision_backend",
+    "compile_vision",
+    "decode_capture",
+    "feature_cache_mib",
+]
 # What the SDK's own argument parser reads from the command line and nowhere else.
 SDK_FIELDS = [
     "enable_docs_url",

@@ -12,9 +12,12 @@ BASE = [
     "cli",
     "client",
     "demo",
+    "engine.interface",
+    "engine.metrics",
     "errors",
     "images",
     "local",
+    "metrics",
     "model_files",
     "predictor_client",
     "processor",
@@ -29,7 +32,17 @@ BASE = [
     "transformer",
     "server",
 ]
-ENGINE = ["engine.interface", "engine.static", "weights", "tasks", "tiny.scenes", "tiny.train", "tiny.evaluate"]
+ENGINE = [
+    "benchmark",
+    "benchmark.run",
+    "engine.engine",
+    "engine.interface",
+    "tasks",
+    "tiny.evaluate",
+    "tiny.scenes",
+    "tiny.train",
+    "weights",
+]
 CLIENT = ["client", "settings", "cli", "local"]
 
 

@@ -76,12 +76,51 @@ def test_what_the_controller_injects_is_understood(parsed):
         ("predictor", ["--dtype", "int8"], "--dtype"),
         ("predictor", ["--predictor-host", "x"], "No such option"),
         ("predictor", ["--max-rows", "9", "--max-queue-size", "8"], "never fit max_queue_size=8"),
+        ("predictor", ["--max-decode-rows", "7"], "max_num_beams=8 beams of one request never fit max_decode_rows=7"),
+        ("predictor", ["--max-decode-tokens", "0"], "--max_decode_tokens"),
+        ("predictor", ["--vision-batch-size", "0"], "--vision_batch_size"),
+        ("predictor", ["--vision-backend", "onnx"], "--vision_backend"),
+        ("predictor", ["--decode-capture", "on"], "--decode_capture"),
+        ("predictor", ["--feature-cache-mib", "-1"], "--feature_cache_mib"),
+        ("transformer", ["--max-batch-size", "8"], "No such option"),
     ],
 )
 def test_wrong_flags_end_the_program_with_the_flags_name(command, arguments, says):
     result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [command, *arguments])
     assert result.exit_code == 2
     assert says in result.output
+
+
+def test_the_engine_by_default():
+    settings = Settings()
+    assert (settings.max_batch_size, settings.max_decode_rows, settings.max_decode_tokens) == (36, None, None)
+    assert (settings.vision_batch_size, settings.vision_backend, settings.compile_vision) == (None, "auto", False)
+    assert (settings.decode_capture, settings.feature_cache_mib) == ("off", 256)
+
+
+def test_the_engine_by_flags(parsed):
+    settings = parsed(
+        "serve",
+        *("--max-batch-size", "4", "--max-decode-rows", "9", "--max_decode_tokens", "2000", "--vision-batch-size=2"),
+        *("--vision-backend", "timm", "--compile-vision", "--decode-capture", "cuda-graph"),
+        *("--feature-cache-mib", "0.5"),
+    )
+    assert (settings.max_batch_size, settings.max_decode_rows, settings.max_decode_tokens) == (4, 9, 2000)
+    assert (settings.vision_batch_size, settings.vision_backend, settings.compile_vision) == (2, "timm", True)
+    assert (settings.decode_capture, settings.feature_cache_bytes) == ("cuda-graph", MIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({}, 108),
+        ({"max_batch_size": 1}, 8),
+        ({"max_batch_size": 1, "max_num_beams": 2}, 3),
+        ({"max_batch_size": 1, "max_decode_rows": 50}, 50),
+    ],
+)
+def test_rows_of_a_decode_step_hold_a_batch_of_usual_requests_and_any_single_one(given, rows):
+    assert Settings(**given).decode_rows == rows
 
 
 def test_limits_are_given_in_the_units_that_the_code_wants():

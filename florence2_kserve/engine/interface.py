@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from florence2_kserve.engine.metrics import EngineMetrics
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -27,16 +29,26 @@ class EngineStopped(RuntimeError):
     """The engine is closed, or closed while the request waited."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device has no room for the request at the moment; others go on."""
+
+
+class NonFiniteOutput(RuntimeError):
+    """The model gave NaN for the request; others go on."""
+
+
 class InvalidRequest(ValueError):
     """The model can't take the request.
 
     Attributes:
         field: The field of GenerationRequest that is wrong.
+        row: Which of the requests submitted together it is.
     """
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(reason)
         self.field = field
+        self.row = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +57,8 @@ class GenerationRequest:
 
     Attributes:
         pixel_values: uint8 [H,W,3], resized to the model's size, not normalised.
-        image_key: Hash of the image's content; equal keys may share image features.
+        image_key: Hash of the image's content; equal keys share image features, so whoever fills it in
+            must have made it from the pixels.
         input_ids: int64 [L], the prompt alone, without image placeholders.
         max_new_tokens: Bound on generated tokens, the forced first and last included.
         num_beams: Beams, 1 for greedy search; None takes the checkpoint's.
@@ -72,7 +85,7 @@ class GenerationResult:
         token_logprobs: float32 [T], aligned with `sequence`; 0 for the start token and forced tokens.
         finish_reason: ``stop`` at the end token, ``length`` where max_new_tokens cut it off.
         queue_seconds: Time waited.
-        generate_seconds: Time in the batch that held it.
+        generate_seconds: Time from leaving the queue to the answer.
     """
 
     sequence: np.ndarray[Any, Any]
@@ -84,7 +97,13 @@ class GenerationResult:
 
 
 class Engine(ABC):
-    """Generates for many requests at once; all methods may be called from any thread."""
+    """Generates for many requests at once; all methods may be called from any thread.
+
+    Attributes:
+        metrics: What it counts and measures.
+    """
+
+    metrics: EngineMetrics
 
     @abstractmethod
     def submit(self, requests: list[GenerationRequest]) -> list[Future[GenerationResult]]:
@@ -96,7 +115,7 @@ class Engine(ABC):
             requests: Rows, answered independently of each other.
 
         Returns:
-            A future for each; it may raise DeadlineExceeded or EngineStopped.
+            A future for each; it may raise DeadlineExceeded, EngineStopped, OutOfMemory or NonFiniteOutput.
 
         Raises:
             InvalidRequest: If the model can't take one of them; nothing is queued.

@@ -19,6 +19,9 @@ and back:
 ``token_logprobs``    FP32   [R,T]   log-probability of each token, 0 where forced or padding
 ``finish_reason``     BYTES  [R]     ``stop`` or ``length``
 ====================  =====  ======  ========================================================
+
+``image_key`` is for logs and caches on the way; the predictor doesn't rely on it. Which images
+are the same, and may share features, it finds out from their pixels.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class GenerateCall:
 
     Attributes:
         pixel_values: uint8 [I,H,W,3].
-        image_keys: I content hashes.
+        image_keys: I content hashes, as the caller says.
         input_ids: R prompts, each int64 [L_r].
         image_index: For each row, the index of its image.
         max_new_tokens: For each row, the bound on generated tokens.

@@ -1,0 +1,179 @@
+"""The search by itself, on a language model made of random numbers: many searches at once against one at a time."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+from florence2_kserve.engine import beam
+from florence2_kserve.engine.beam import BeamState
+from florence2_kserve.weights import GenerationSettings
+
+from .reference_search import search
+
+VOCABULARY, START, BOS, EOS, PAD = 40, 2, 0, 2, 1
+
+
+def settings(**changes) -> GenerationSettings:
+    return GenerationSettings(
+        **(
+            {
+                "decoder_start_token_id": START,
+                "bos_token_id": BOS,
+                "eos_token_id": EOS,
+                "pad_token_id": PAD,
+                "forced_bos_token_id": BOS,
+                "forced_eos_token_id": EOS,
+                "no_repeat_ngram_size": 3,
+                "num_beams": 3,
+                "length_penalty": 1.0,
+                "early_stopping": True,
+            }
+            | changes
+        )
+    )
+
+
+def language(seed: int, sharpness: float = 2.0) -> Callable[[list[int]], torch.Tensor]:
+    """Returns a model whose next token depends on the last two and on how many there are."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn((2 * VOCABULARY, VOCABULARY), generator=generator) * sharpness
+    ends = torch.linspace(-2, 4, 30)
+
+    def logits(tokens: list[int]) -> torch.Tensor:
+        before = tokens[-2] if len(tokens) > 1 else PAD
+        result = table[tokens[-1]] + table[VOCABULARY + before]
+        result[EOS] += ends[min(len(tokens), 29)]
+        return result
+
+    return logits
+
+
+@dataclass
+class Search:
+    max_new_tokens: int
+    length_penalty: float
+    starts_at: int
+    answer: tuple[list[int], float, list[float]] | None = None
+
+
+def run(
+    searches: list[Search], num_beams: int, model: Callable[[list[int]], torch.Tensor], chosen: GenerationSettings
+) -> None:
+    """Runs all, each joining at its step and leaving when it ends."""
+    state: BeamState | None = None
+    inside: list[Search] = []
+    step = 0
+    while inside or any(each.starts_at >= step for each in searches):
+        joining = [each for each in searches if each.starts_at == step]
+        if joining:
+            new = beam.start(
+                (START,),
+                num_beams,
+                [1 + each.max_new_tokens for each in joining],
+                [each.length_penalty for each in joining],
+                width=40,
+                pad_token_id=PAD,
+                device=torch.device("cpu"),
+            )
+            state = new if state is None else beam.concat([state, new])
+            inside.extend(joining)
+        step += 1
+        if state is None or not inside:
+            continue
+        logits = torch.stack(
+            [
+                torch.stack([model(row[:length].tolist()) for row in rows])
+                for rows, length in zip(state.tokens, state.lengths.tolist(), strict=True)
+            ]
+        )
+        before = copy.deepcopy(state)
+        result = beam.advance(state, logits, chosen)
+        for each in fields(BeamState):  # a pure function: a step that failed can be taken again
+            assert torch.equal(getattr(before, each.name), getattr(state, each.name))
+        state = result.state
+        assert not result.is_broken.any()
+        for place in result.done.nonzero()[:, 0].tolist():
+            length = int(state.finished_lengths[place, 0])
+            inside[place].answer = (
+                state.finished_tokens[place, 0, :length].tolist(),
+                state.finished_scores[place, 0].item(),
+                state.finished_logprobs[place, 0, :length].tolist(),
+            )
+        kept = (~result.done).nonzero()[:, 0]
+        inside = [inside[place] for place in kept.tolist()]
+        state = state.select(kept)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("num_beams", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"no_repeat_ngram_size": 0},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"forced_bos_token_id": None},
+        {"forced_eos_token_id": None},
+        {"forced_bos_token_id": None, "forced_eos_token_id": None, "no_repeat_ngram_size": 0},
+    ],
+    ids=str,
+)
+def test_many_searches_at_once_find_what_each_finds_alone(early_stopping, num_beams, changes):
+    chance = random.Random(f"{early_stopping} {num_beams} {changes}")
+    chosen = settings(early_stopping=early_stopping, **changes)
+    model = language(chance.randrange(1000))
+    searches = [
+        Search(chance.choice((1, 2, 3, 8, 30)), chance.choice((0.0, 0.5, 1.0, 2.0, -1.0)), chance.randrange(12))
+        for _ in range(12)
+    ]
+    run(searches, num_beams, model, chosen)
+    for each in searches:
+        found = search(model, chosen, each.max_new_tokens, num_beams=num_beams, length_penalty=each.length_penalty)
+        assert each.answer is not None
+        tokens, score, logprobs = each.answer
+        assert tokens == found.tokens
+        assert score == pytest.approx(found.score, rel=1e-5, abs=1e-5)
+        assert logprobs == pytest.approx(found.token_logprobs, rel=1e-5, abs=1e-5)
+
+
+def test_the_model_of_these_tests_ends_early_and_repeats_itself():
+    """Else they would prove little."""
+    model, lengths, differ = language(3), [], 0
+    for limit in range(5, 30):
+        with_ban = search(model, settings(no_repeat_ngram_size=2), limit)
+        differ += with_ban.tokens != search(model, settings(no_repeat_ngram_size=0), limit).tokens
+        lengths.append(len(with_ban.tokens) - 1 < limit)
+    assert sum(lengths) > 5
+    assert differ > 0
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_nan_is_reported_and_stays_in_its_search(num_beams):
+    state = beam.start(
+        (START, BOS), num_beams, [20] * 3, [1.0] * 3, width=20, pad_token_id=PAD, device=torch.device("cpu")
+    )
+    logits = torch.randn((3, num_beams, VOCABULARY), generator=torch.Generator().manual_seed(0))
+    clean = beam.advance(state, logits.clone(), settings())
+    logits[1, 0, 7] = torch.nan
+    result = beam.advance(state, logits, settings())
+    assert result.is_broken.tolist() == [False, True, False]
+    for place in (0, 2):
+        assert torch.equal(result.state.tokens[place], clean.state.tokens[place])
+        assert torch.equal(result.state.scores[place], clean.state.scores[place])
+
+
+def test_buffers_can_be_made_wider_and_narrower():
+    state = beam.start((START, BOS), 3, [9], [1.0], width=8, pad_token_id=PAD, device=torch.device("cpu"))
+    wider = state.resize(16, PAD)
+    assert wider.tokens.shape == wider.finished_logprobs.shape == (1, 3, 16)
+    assert (wider.tokens[:, :, 2:] == PAD).all()
+    narrow = wider.resize(4, PAD)
+    assert narrow.tokens[0, 0].tolist() == [START, BOS, PAD, PAD]
+    assert torch.equal(narrow.scores, state.scores)
