@@ -25,8 +25,7 @@ def main() -> None:
 
     class BreakingRunner(Runner):
         def decode(self) -> list[Outcome]:
-            youngest = self.youngest()
-            assert youngest is not None
+            youngest = self.jobs()[-1]
             if youngest.request.max_new_tokens == BREAK:
                 raise RuntimeError(REASON)
             if youngest.request.max_new_tokens == HOLD:

@@ -27,13 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes the process's own.
 
     Returns:
-        0, or 1 if the two sides disagreed in float64.
+        0, 1 if the two sides disagreed in float64, or 2 if it can't run here.
     """
     settings = parse(argv)
     try:
         from florence2_kserve.benchmark.run import run_benchmark
+        from florence2_kserve.weights import find_device
+
+        find_device(settings.device)
     except ModuleNotFoundError as error:
         print(f"error: {error}; the benchmark needs the extra [predictor]", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return run_benchmark(settings)
 

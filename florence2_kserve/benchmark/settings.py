@@ -120,7 +120,7 @@ def plan(settings: BenchmarkSettings, profile: ProfileName, *, on_gpu: bool) -> 
         requests, unique, rounds, repeats, scale = 144, 144, 3, 3, 1.0
     elif settings.size == "quick":
         loads = ("single", "mixed", "caption_beside_od") if decode_bound else ("tower", "unique", "nine_tasks")
-        requests, unique, rounds, repeats, scale = 36, 8, 1, 2, 0.15
+        requests, unique, rounds, repeats, scale = (36 if decode_bound else 18), 8, 1, 2, 0.15
     elif decode_bound:
         loads = ("single", "mixed", "caption_beside_od")
         requests, unique, rounds, repeats, scale = 72, 72, 2, 1, 0.5

@@ -127,7 +127,8 @@ def start(
     """
     searches = len(max_lengths)
     tokens = torch.full((searches, num_beams, width), pad_token_id, dtype=torch.int64, device=device)
-    tokens[:, :, : len(prompt)] = torch.tensor(prompt, device=device)
+    for place, token in enumerate(prompt):
+        tokens[:, :, place] = token
     zeros = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     # Only the first beam counts at first: the others hold the same tokens and would give each candidate again.
     scores = torch.full((searches, num_beams), NEVER, dtype=torch.float32, device=device)
@@ -142,8 +143,8 @@ def start(
         finished_lengths=torch.ones_like(scores, dtype=torch.int64),
         is_finished=torch.zeros_like(scores, dtype=torch.bool),
         lengths=torch.full((searches,), len(prompt), dtype=torch.int64, device=device),
-        max_lengths=torch.tensor(max_lengths, dtype=torch.int64, device=device),
-        length_penalties=torch.tensor(length_penalties, dtype=torch.float64, device=device),
+        max_lengths=torch.tensor(max_lengths, dtype=torch.int64).to(device, non_blocking=True),
+        length_penalties=torch.tensor(length_penalties, dtype=torch.float64).to(device, non_blocking=True),
     )
 
 
@@ -161,7 +162,9 @@ def advance(state: BeamState, logits: torch.Tensor, settings: GenerationSettings
     """
     if state.num_beams == 1:
         return _advance_greedily(state, logits, settings, forces)
-    log_probs = _constrain(torch.log_softmax(logits, dim=-1), state, settings, forces)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    is_broken = log_probs[:, :, 0].isnan().any(dim=1)  # one NaN spreads over its row; a forced token would hide it
+    log_probs = _constrain(log_probs, state, settings, forces)
     searches, beams, vocabulary = log_probs.shape
     lanes = torch.arange(searches, device=logits.device)[:, None]
 
@@ -229,7 +232,7 @@ def advance(state: BeamState, logits: torch.Tensor, settings: GenerationSettings
         ),
         parents=parents,
         done=~going_on | ends.all(dim=1),
-        is_broken=top_scores.isnan().any(dim=1),
+        is_broken=is_broken,
     )
 
 
@@ -263,7 +266,7 @@ def _advance_greedily(state: BeamState, logits: torch.Tensor, settings: Generati
         ),
         parents=torch.zeros_like(new_tokens),
         done=done,
-        is_broken=new_logprobs.isnan().any(dim=1),
+        is_broken=~normaliser.isfinite().all(dim=1),
     )
 
 

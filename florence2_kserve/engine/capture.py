@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -11,10 +11,14 @@ import torch
 
 from florence2_kserve.engine.decoder import KeyValueStore, StepInputs
 
+_MAX_RECORDINGS = 64
+
 Step = Callable[[StepInputs, KeyValueStore], torch.Tensor]
 
 
-def capture_step(step: Step, capture: Literal["off", "compile", "cuda-graph"], device: torch.device) -> Step:
+def capture_step(
+    step: Step, capture: Literal["off", "compile", "cuda-graph"], device: torch.device, *, max_logits: int
+) -> Step:
     """Returns a function that does what `step` does.
 
     Args:
@@ -23,62 +27,97 @@ def capture_step(step: Step, capture: Literal["off", "compile", "cuda-graph"], d
             variables, so that it is compiled once. ``cuda-graph`` records it once for each combination of sizes,
             which have to be rounded up to few, and replays the recording, which spares the CPU's part.
         device: Where it runs.
+        max_logits: Largest number of rows whose logits are asked for.
 
     Raises:
-        ValueError: If the device or machine can't do that.
+        ValueError: If the device can't do that.
+        RuntimeError: If a compiler is missing.
     """
     if capture == "off":
         return step
     if capture == "cuda-graph":
         if device.type != "cuda":
             raise ValueError(f"decode_capture 'cuda-graph' needs a CUDA device, not {device}")
-        return _GraphedStep(step)
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        raise ValueError("decode_capture 'compile' needs a C++ compiler on a CPU; none was found")
+        return _GraphedStep(step, device, max_logits)
+    require_compiler(device, "decoder steps")
     return torch.compile(step, dynamic=True)
+
+
+def require_compiler(device: torch.device, what: str) -> None:
+    """Makes sure that torch.compile can work for a device.
+
+    Args:
+        device: Where the code will run.
+        what: What is to be compiled, for the message.
+
+    Raises:
+        RuntimeError: If what it needs is missing, by name.
+    """
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise RuntimeError(f"compiling {what} for {device} needs Triton, which is missing or too old")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(f"compiling {what} needs a C++ compiler, such as g++; set CXX to one. {error}") from error
 
 
 @dataclass(slots=True)
 class _Recording:
     inputs: StepInputs
-    logits: torch.Tensor
     graph: Any
 
 
 class _GraphedStep:
-    """Records `step` for each shape that comes along and replays it."""
+    """Records `step` for each shape that comes along and replays it; keeps the recordings used last."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, device: torch.device, max_logits: int) -> None:
         self._step = step
-        self._recordings: dict[tuple[Any, ...], _Recording] = {}
+        self._max_logits = max_logits
+        self._stream = torch.cuda.Stream(device)
+        self._recordings: OrderedDict[tuple[Any, ...], _Recording] = OrderedDict()
+        self._logits: torch.Tensor | None = None  # of whichever recording ran last; each with its own would add up
         self._pool: Any = None
 
     def __call__(self, inputs: StepInputs, store: KeyValueStore) -> torch.Tensor:
         key = tuple(v.shape if isinstance(v, torch.Tensor) else v for _, v in _items(inputs))
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._record(inputs, store)
+            recording = self._record(inputs, store)
+            self._recordings[key] = recording
+            if len(self._recordings) > _MAX_RECORDINGS:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(key)
         for name, value in _items(inputs):
             if isinstance(value, torch.Tensor):
                 getattr(recording.inputs, name).copy_(value)
         recording.graph.replay()
-        return recording.logits
+        assert self._logits is not None
+        return self._logits[: inputs.num_logits]
 
     def _record(self, inputs: StepInputs, store: KeyValueStore) -> _Recording:
         copies: dict[str, Any] = {name: v.clone() for name, v in _items(inputs) if isinstance(v, torch.Tensor)}
         own = replace(inputs, **copies)
         # Libraries set themselves up in the first run, which a recording mustn't contain. Running twice does no
         # harm: the same keys and values go to the same places.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(own, store)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             logits = self._step(own, store)
+            if self._logits is None:
+                self._logits = logits.new_zeros((self._max_logits, logits.shape[1]))
+        torch.cuda.current_stream().wait_stream(self._stream)
+        del logits
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            self._logits[: inputs.num_logits].copy_(self._step(own, store))
         self._pool = self._pool or graph.pool()
-        return _Recording(own, logits, graph)
+        return _Recording(own, graph)
 
 
 def _items(inputs: StepInputs) -> list[tuple[str, Any]]:

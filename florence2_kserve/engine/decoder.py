@@ -48,8 +48,8 @@ class StepInputs:
         page_lanes: int64 [N], which lane owns a page; any for free ones.
         page_numbers: int64 [N], which of its lane's pages it is.
         lane_pages: int64 [C,M], each lane's pages; its first one where it has fewer.
-        lane_has_page: bool [C,M], whether it has that many.
-        is_visible: bool [C,Q,M*E], which entries a query attends to.
+        lane_lacks_page: bool [C,M], whether it has fewer.
+        is_hidden: bool [C,Q,M*E], which entries a query does not attend to.
         cross_mask: bool [C,1,1,S], which encoder positions exist; None where all do.
         num_logits: Rows whose logits are wanted.
         cross_length: S.
@@ -64,8 +64,8 @@ class StepInputs:
     page_lanes: torch.Tensor
     page_numbers: torch.Tensor
     lane_pages: torch.Tensor
-    lane_has_page: torch.Tensor
-    is_visible: torch.Tensor
+    lane_lacks_page: torch.Tensor
+    is_hidden: torch.Tensor
     cross_mask: torch.Tensor | None
     num_logits: int
     cross_length: int
@@ -98,17 +98,18 @@ class KeyValueStore:
             for shape in [(pages, heads, entries)] * 2 + [(lanes, heads, cross_length)] * 2
         )
 
-    def move_lane(self, source: int, target: int) -> None:
-        """Copies a lane's encoder keys and values."""
+    def move_lane(self, source: int, target: int, length: int) -> None:
+        """Copies the keys and values of a lane's `length` encoder positions."""
         for tensor in (self.cross_keys, self.cross_values):
-            tensor[:, target] = tensor[:, source]
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
 
     def scrub(self, lane: int, pages: Sequence[int]) -> None:
         """Clears what a lane held: NaN in a value would outlive its mask, as 0 times NaN is NaN."""
         for tensor in (self.cross_keys, self.cross_values):
             tensor[:, lane] = 0
         for tensor in (self.self_keys, self.self_values):
-            tensor[:, list(pages)] = 0
+            for page in pages:
+                tensor[:, page] = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -218,11 +219,11 @@ class Decoder:
         folded = self._fold(query * self._scale, inputs)  # [C,H,Q,D]
         scores = folded[inputs.page_lanes] @ keys[:pages].transpose(2, 3)  # [N,H,Q,E]
         scores = rearrange(scores[inputs.lane_pages], "c m h q e -> c h q (m e)")
-        scores = scores.masked_fill(~inputs.is_visible[:, None], torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(inputs.is_hidden[:, None], torch.finfo(scores.dtype).min)
         weights = rearrange(scores.softmax(dim=-1), "c h q (m e) -> c m h q e", m=per_lane)
         mixed = weights[inputs.page_lanes, inputs.page_numbers] @ values[:pages]  # [N,H,Q,D]
-        # Each lane's pages in a fixed order, so that sums don't depend on who else is there.
-        mixed = mixed[inputs.lane_pages].masked_fill(~inputs.lane_has_page[:, :, None, None, None], 0).sum(dim=1)
+        # Brought together and summed, not added up in place: on a GPU that would have no fixed order.
+        mixed = mixed[inputs.lane_pages].masked_fill(inputs.lane_lacks_page[:, :, None, None, None], 0).sum(dim=1)
         return self._unfold(mixed, inputs)
 
     def _cross_attention(

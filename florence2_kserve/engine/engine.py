@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
@@ -40,6 +41,7 @@ from florence2_kserve.weights import LoadedModel
 logger = logging.getLogger(__name__)
 
 MAX_NUM_BEAMS = 8
+_NO_ROOM = "the device has no room for this request at the moment"
 _RESERVED_TOKENS = 1024  # tokens a row that there is room for unless max_tokens says otherwise
 T = TypeVar("T")
 
@@ -95,7 +97,7 @@ class InflightEngine(Engine):
         self._micro_batch = vision_batch_size or (1 if loaded.device.type == "cpu" else 8)
         self._prompt_batch = max(self._micro_batch, 4)
         self._on_fatal = on_fatal
-        self._step_seconds = 0.0  # of the last decoder step
+        self._step_seconds: deque[float] = deque([0.0], maxlen=8)  # of the last decoder steps
         self._cache = FeatureCache(feature_cache_bytes, self.metrics)
         self._scheduler = Scheduler(
             max_queue_size=max_queue_size, max_batch_size=max_batch_size, max_rows=rows, max_tokens=tokens
@@ -160,6 +162,8 @@ class InflightEngine(Engine):
             raise InvalidRequest(
                 "pixel_values", f"expected uint8 {list(size)}, got {pixels.dtype} {list(pixels.shape)}"
             )
+        if not isinstance(request.image_key, bytes):
+            raise InvalidRequest("image_key", f"expected bytes, got {type(request.image_key).__name__}")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InvalidRequest("input_ids", f"expected integers [L], got {ids.dtype} {list(ids.shape)}")
         if not 1 <= len(ids) <= room:
@@ -263,7 +267,8 @@ class InflightEngine(Engine):
             self._encode_prompts()
             self._encode_images()
             self._encode_prompts()
-            if self._runner.num_lanes and time.monotonic() - started >= self._step_seconds:
+            # The shortest: a step that was long by chance must not make the next ones wait longer still.
+            if self._runner.num_lanes and time.monotonic() - started >= min(self._step_seconds):
                 break
         shown = {key for _, key in self._preparing}
         self._features = {key: features for key, features in self._features.items() if key in shown}
@@ -289,6 +294,7 @@ class InflightEngine(Engine):
             self._fail([job for job, shown in self._preparing if shown == key], error)
 
         self._in_parts(list(missing), encode, fail)
+        self._runner.synchronize()  # else the time would show up in the decoder's next step
         self.metrics.vision_seconds.observe(time.monotonic() - started)
 
     def _encode_prompts(self) -> None:
@@ -307,12 +313,15 @@ class InflightEngine(Engine):
             self.metrics.prompts_encoded.add(len(part))
 
         self._in_parts(batch, encode, lambda entry, error: self._fail([entry[0]], error))
+        self._runner.synchronize()
         self.metrics.prefill_seconds.observe(time.monotonic() - started)
 
     def _in_parts(
         self, items: Sequence[T], work: Callable[[Sequence[T]], None], fail: Callable[[T, BaseException], None]
     ) -> None:
         """Does `work` on `items`; where that fails, on halves of them, until those that can't be done are alone.
+
+        Where memory is short, cached image features are given up first.
 
         Raises:
             BaseException: If the device is beyond repair.
@@ -323,40 +332,61 @@ class InflightEngine(Engine):
         except Exception as error:
             if _is_device_lost(error, self._loaded.device):
                 raise
-            if len(items) == 1:
+            has_room = _is_out_of_memory(error) and len(self._cache) > 0
+            if len(items) == 1 and not has_room:
                 if _is_out_of_memory(error):
                     logger.error("no memory to encode a request: %s", error)
-                    fail(items[0], OutOfMemory("the device has no room for this request at the moment"))
+                    fail(items[0], OutOfMemory(_NO_ROOM))
                 else:
                     logger.error("a request can't be encoded", exc_info=True)
-                    fail(items[0], error)
+                    fail(items[0], error.with_traceback(None))
                 return
-            logger.warning("%d requests can't be encoded together, trying halves: %s", len(items), error)
+            logger.warning("%d requests can't be encoded, trying again: %s", len(items), error)
+        if has_room:
+            self._cache.clear()
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(items) // 2
-        self._in_parts(items[:half], work, fail)
-        self._in_parts(items[half:], work, fail)
+        for part in (items[:half], items[half:]):
+            if part:
+                self._in_parts(part, work, fail)
 
     # Decoding
 
     def _decode(self) -> None:
         started = time.monotonic()
+        failure = None
         try:
             outcomes = self._runner.decode()
         except Exception as error:
-            youngest = self._runner.youngest()
-            if youngest is None or not _is_out_of_memory(error) or _is_device_lost(error, self._loaded.device):
+            if not _is_out_of_memory(error) or _is_device_lost(error, self._loaded.device):
                 raise
-            # The step changed nothing but keys and values, which the next one writes again.
-            logger.error("no memory for a decoder step; the youngest request is given up: %s", error)
-            self._fail([youngest], OutOfMemory("the device has no room for this request at the moment"))
+            failure = str(error)
+        if failure is not None:  # out here, nothing holds on to the failed step's tensors any more
+            self._make_room(failure)
             return
-        self._step_seconds = time.monotonic() - started
-        self.metrics.decode_step_seconds.observe(self._step_seconds)
+        seconds = time.monotonic() - started
+        self._step_seconds.append(seconds)
+        self.metrics.decode_step_seconds.observe(seconds)
         for outcome in outcomes:
             self._scheduler.release(outcome.job)
             self._answer(outcome)
+
+    def _make_room(self, failure: str) -> None:
+        """Lets the next step need less memory than the one that failed for lack of it."""
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self._runner.is_intact:
+            logger.error("no memory in the middle of a decoder step; all requests in it are given up: %s", failure)
+            self._fail(self._runner.reset(), OutOfMemory(_NO_ROOM))
+        elif len(self._cache):
+            logger.warning("no memory for a decoder step; cached image features are given up: %s", failure)
+            self._cache.clear()
+        else:
+            logger.error("no memory for a decoder step; the youngest request is given up: %s", failure)
+            youngest = self._runner.jobs()[-1]
+            self._runner.remove(youngest, scrub=True)
+            self._fail([youngest], OutOfMemory(_NO_ROOM))
 
     def _answer(self, outcome: Outcome) -> None:
         job = outcome.job
@@ -383,7 +413,9 @@ class InflightEngine(Engine):
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "can't allocate memory"))
 
 
 def _is_device_lost(error: BaseException, device: torch.device) -> bool:

@@ -41,7 +41,7 @@ class Lane:
     pages: list[int] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """Searches with equally many beams that are equally far begun, in the order of the state.
 
@@ -62,7 +62,11 @@ class _Group:
 
 @dataclass(slots=True)
 class _Layout:
-    """Where the rows of a step are, as long as nobody comes or goes."""
+    """Where the rows of a step are, as long as nobody comes or goes.
+
+    The rows whose logits are wanted come first, group by group in the order of ``Runner._groups``: all beams of
+    begun searches, the prompt's last token of new ones. What new ones feed before that comes last.
+    """
 
     row_slots: Array  # [R]
     row_queries: Array  # [R]
@@ -95,8 +99,20 @@ class Outcome:
     is_broken: bool
 
 
+@dataclass(slots=True)
+class _Ending:
+    """What a step leaves of a group: `places` have ended with `outcomes`, the others' state is `left`."""
+
+    places: list[int]
+    left: BeamState
+    outcomes: list[Outcome]
+
+
 class Runner:
     """The model and everything on its device.
+
+    Attributes:
+        is_intact: False after a step that failed when part of it was already taken over: then only ``reset`` helps.
 
     Args:
         loaded: The model.
@@ -133,7 +149,10 @@ class Runner:
         self._device = loaded.device
         self._decoder = Decoder(loaded.model)
         self._step: Callable[[StepInputs, KeyValueStore], torch.Tensor] = capture_step(
-            self._decoder.step, decode_capture, self._device
+            self._decoder.step,
+            decode_capture,
+            self._device,
+            max_logits=_bucket(max_batch_size * max_num_beams, 4),
         )
         self._bucketed = decode_capture != "off"
         self.max_prompt_tokens = min(loaded.max_source_positions - self.images.image_seq_length, MAX_PROMPT_TOKENS)
@@ -143,7 +162,7 @@ class Runner:
         pages = 1 + -(-max_tokens // PAGE_ENTRIES) + 2 * max_batch_size
         lanes = max_batch_size
         if self._bucketed:
-            lanes, pages = _bucket(lanes, 4), _bucket(pages, 8)
+            lanes, pages = _bucket(lanes, 4), _power_of_two(pages)
         self._store = KeyValueStore(
             self._decoder,
             lanes=lanes,
@@ -167,6 +186,8 @@ class Runner:
         self._is_used = np.zeros(pages, dtype=bool)
         self._slots: list[Lane | None] = []
         self._groups: list[_Group] = []
+        self.is_intact = True
+        self._true = torch.ones((), dtype=torch.bool, device=self._device)
         self._layout: _Layout | None = None
 
     @property
@@ -177,7 +198,7 @@ class Runner:
     @torch.inference_mode()
     def encode_images(self, pixel_values: Sequence[Array]) -> torch.Tensor:
         """Encodes images: uint8 [H,W,3] each -> features [I,S,d]."""
-        return self.images.encode(torch.from_numpy(np.stack(pixel_values)).to(self._device))
+        return self.images.encode(self._moved(np.stack(pixel_values)))
 
     @torch.inference_mode()
     def prefill(self, features: Sequence[torch.Tensor], jobs: Sequence[Job]) -> None:
@@ -188,33 +209,61 @@ class Runner:
             jobs: Not more than there are free lanes.
         """
         language = self._loaded.model.model.language_model
-        input_ids = torch.from_numpy(np.stack([job.request.input_ids for job in jobs])).to(self._device)
+        input_ids = self._moved(np.stack([job.request.input_ids.astype(np.int64) for job in jobs]))
         # The text encoder scales its embeddings itself, if the checkpoint wants that.
         embeddings = torch.cat([torch.stack(list(features)), language.encoder.embed_tokens(input_ids)], dim=1)
         states = language.encoder(inputs_embeds=embeddings).last_hidden_state  # [b,S+L,d]
         slots = self._free_slots(len(jobs))
-        self._decoder.write_cross(self._store, states, torch.tensor(slots, device=self._device))
+        self._decoder.write_cross(self._store, states, self._moved(slots))
         self._metrics.cross_kv_bytes.add(2 * len(self._decoder.layers) * states.numel() * states.element_size())
         self._cross_lengths[slots] = states.shape[1]
         self._add_lanes(jobs, slots)
 
-    def remove(self, job: Job) -> bool:
-        """Drops a job that is being decoded; returns False if it isn't."""
+    def remove(self, job: Job, *, scrub: bool = False) -> bool:
+        """Drops a job that is being decoded; returns False if it isn't.
+
+        Args:
+            job: Which.
+            scrub: Whether to clear what it held, if nobody knows whether that is sound.
+        """
         for group in self._groups:
             for place, lane in enumerate(group.lanes):
                 if lane.job is job:
-                    self._keep(group, [i for i in range(len(group.lanes)) if i != place])
+                    if scrub:
+                        self._store.scrub(lane.slot, lane.pages)
+                    kept = [i for i in range(len(group.lanes)) if i != place]
+                    self._drop(group, [place], group.state.select(self._moved(kept)))
                     return True
         return False
 
-    def youngest(self) -> Job | None:
-        """Returns the job that was admitted last among those being decoded."""
+    def reset(self) -> list[Job]:
+        """Drops all jobs that are being decoded and returns them."""
+        jobs = self.jobs()
+        for lane in (lane for group in self._groups for lane in group.lanes):
+            self._store.scrub(lane.slot, lane.pages)
+        self._free_pages = list(range(1, len(self._is_used)))
+        self._is_used[:] = False
+        self._slots, self._groups, self._layout = [], [], None
+        self.is_intact = True
+        return jobs
+
+    def jobs(self) -> list[Job]:
+        """Returns the jobs that are being decoded, in the order in which they were admitted."""
         jobs = [lane.job for group in self._groups for lane in group.lanes]
-        return max(jobs, key=lambda job: job.admitted_at, default=None)
+        return sorted(jobs, key=lambda job: job.admitted_at)
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was told."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     @torch.inference_mode()
     def decode(self) -> list[Outcome]:
-        """Takes every lane one token further and returns those that have ended; their lanes are free."""
+        """Takes every lane one token further and returns those that have ended; their lanes are free.
+
+        Where it fails, nothing has changed but keys and values, which the next step writes again, unless
+        `is_intact` says otherwise.
+        """
         self._close_gaps()
         layout = self._layout = self._layout or self._arrange()
         self._take_pages(layout)
@@ -225,15 +274,24 @@ class Runner:
             rows = len(group.lanes) * (1 if group.prompt else group.num_beams)
             steps.append(self._advance(group, logits[first : first + rows]))
             first += rows
-        self._inherit(layout, steps)
-        self._count(layout, len(inputs.tokens))
-
         flags = torch.stack([torch.cat([s.done for s in steps]), torch.cat([s.is_broken for s in steps])]).cpu()
         self._metrics.host_syncs.add()
+        endings = self._endings(steps, flags.numpy())
+
+        self.is_intact = False
+        self._inherit(layout, steps)
         slots = [lane.slot for group in self._groups for lane in group.lanes]
         self._entries[slots] += layout.writes[slots]
         self._lengths[slots] += 1
-        return self._collect(steps, flags.numpy())
+        outcomes = self._take_over(steps, endings)
+        self.is_intact = True
+        self._count(layout, len(inputs.tokens))
+        return outcomes
+
+    def _moved(self, values: Array | Sequence[int]) -> torch.Tensor:
+        """Returns values on the device, without waiting for what it is doing."""
+        array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     # Lanes
 
@@ -250,41 +308,52 @@ class Runner:
             # A forced first token needs no search of its own, unless it is the last one too or ends the sequence.
             if forced is not None and forced != settings.eos_token_id and job.request.max_new_tokens > 1:
                 prompt = (*prompt, forced)
-            lane = Lane(job, slot)
-            if slot == len(self._slots):
-                self._slots.append(lane)
-            else:
-                self._slots[slot] = lane
-            self._entries[slot] = self._num_pages[slot] = 0
-            self._lengths[slot] = len(prompt)
-            self._max_lengths[slot] = 1 + job.request.max_new_tokens
-            by_kind.setdefault((job.num_beams, prompt), []).append(lane)
-        self._visible[list(slots)] = False
-        for (num_beams, prompt), lanes in by_kind.items():
-            state = beam.start(
+            by_kind.setdefault((job.num_beams, prompt), []).append(Lane(job, slot))
+        self._visible[self._moved(slots)] = ~self._true
+        groups = [
+            _Group(
+                lanes,
+                beam.start(
+                    prompt,
+                    num_beams,
+                    [1 + lane.job.request.max_new_tokens for lane in lanes],
+                    [lane.job.length_penalty for lane in lanes],
+                    width=_WIDTH_STEP,
+                    pad_token_id=settings.pad_token_id,
+                    device=self._device,
+                ),
                 prompt,
-                num_beams,
-                [1 + lane.job.request.max_new_tokens for lane in lanes],
-                [lane.job.length_penalty for lane in lanes],
-                width=_WIDTH_STEP,
-                pad_token_id=settings.pad_token_id,
-                device=self._device,
             )
-            self._groups.append(_Group(lanes, state, prompt))
+            for (num_beams, prompt), lanes in by_kind.items()
+        ]
+        # From here on nothing can fail: half the lanes would be nobody's.
+        self._slots.extend([None] * (max(slots) + 1 - len(self._slots)))
+        for group in groups:
+            for lane in group.lanes:
+                self._slots[lane.slot] = lane
+                self._entries[lane.slot] = self._num_pages[lane.slot] = 0
+                self._lengths[lane.slot] = len(group.prompt)
+                self._max_lengths[lane.slot] = 1 + lane.job.request.max_new_tokens
+        self._groups.extend(groups)
         self._layout = None
 
-    def _keep(self, group: _Group, places: list[int]) -> None:
-        """Drops all lanes of `group` but those at `places`."""
-        kept = [group.lanes[place] for place in places]
-        for lane in set(group.lanes) - set(kept):
+    def _drop(self, group: _Group, places: Sequence[int], left: BeamState) -> None:
+        """Frees the lanes of `group` at `places`.
+
+        Args:
+            group: Whose.
+            places: Which ones.
+            left: State of the others.
+        """
+        gone = {group.lanes[place] for place in places}
+        for lane in gone:
             for page in lane.pages:
                 heapq.heappush(self._free_pages, page)
             self._is_used[lane.pages] = False
             self._slots[lane.slot] = None
-        group.lanes = kept
-        if kept:
-            group.state = group.state.select(torch.tensor(places, device=self._device))
-        else:
+        group.lanes = [lane for lane in group.lanes if lane not in gone]
+        group.state = left
+        if not group.lanes:
             self._groups.remove(group)
         self._layout = None
 
@@ -297,7 +366,7 @@ class Runner:
             assert lane is not None
             source, lane.slot = lane.slot, self._slots.index(None)
             self._slots[lane.slot] = lane
-            self._store.move_lane(source, lane.slot)
+            self._store.move_lane(source, lane.slot, int(self._cross_lengths[source]))
             self._visible[lane.slot] = self._visible[source]
             for array in (
                 self._entries,
@@ -332,6 +401,8 @@ class Runner:
                     writes[lane.slot] = group.num_beams
         row_slots, row_queries, is_prompt = (np.array(column) for column in zip(*last, *before, strict=True))
         num_queries = int(row_queries.max()) + 1
+        if self._bucketed:
+            num_queries = min(_power_of_two(num_queries), self._visible.shape[1])
         query_rows = np.full((len(self._slots), num_queries), -1, dtype=np.int64)
         query_rows[row_slots, row_queries] = np.arange(len(row_slots))
         # Queries that nobody asked read a row of the same lane: no lane ever computes with another's numbers.
@@ -343,7 +414,7 @@ class Runner:
             if self._bucketed:
                 cross_length = min(_bucket(cross_length, 32), self._store.cross_keys.shape[3])
                 lengths = _padded(lengths, _bucket(len(lengths), 4), cross_length)
-            mask = torch.from_numpy(np.arange(cross_length) < lengths[:, None]).to(self._device)[:, None, None]
+            mask = self._moved(np.arange(cross_length) < lengths[:, None])[:, None, None]
         return _Layout(
             row_slots=row_slots,
             row_queries=row_queries,
@@ -354,7 +425,7 @@ class Runner:
             num_queries=num_queries,
             cross_length=cross_length,
             cross_mask=mask,
-            slots=[torch.tensor([lane.slot for lane in group.lanes], device=self._device) for group in self._groups],
+            slots=[self._moved([lane.slot for lane in group.lanes]) for group in self._groups],
         )
 
     def _merge_groups(self) -> None:
@@ -420,10 +491,10 @@ class Runner:
         own_pages, page_counts, row_slots, row_queries, row_entries = moved[7:]
 
         # Each row sees its own entry; rows of one prompt also those before them.
-        self._visible[row_slots, row_queries, row_entries] = True
+        self._visible[row_slots, row_queries, row_entries] = self._true
         for group, slots in zip(self._groups, layout.slots, strict=True):
             for query in range(1, len(group.prompt)):
-                self._visible[slots, query, :query] = True
+                self._visible[slots, query, :query] = self._true
 
         inputs = StepInputs(
             tokens=self._tokens(row_positions),
@@ -435,8 +506,8 @@ class Runner:
             page_lanes=page_lanes,
             page_numbers=page_numbers,
             lane_pages=own_pages,
-            lane_has_page=torch.arange(most, device=self._device) < page_counts[:, None],
-            is_visible=self._visible[:lanes, :queries, : most * PAGE_ENTRIES],
+            lane_lacks_page=torch.arange(most, device=self._device) >= page_counts[:, None],
+            is_hidden=~self._visible[:lanes, :queries, : most * PAGE_ENTRIES],
             cross_mask=layout.cross_mask,
             num_logits=num_logits,
             cross_length=layout.cross_length,
@@ -450,7 +521,7 @@ class Runner:
             if group.prompt:
                 count = len(group.lanes)
                 last.append(torch.full((count,), group.prompt[-1], device=self._device))
-                before.append(torch.tensor(group.prompt[:-1], dtype=torch.int64, device=self._device).repeat(count))
+                before.append(self._moved(np.array(group.prompt[:-1], dtype=np.int64)).repeat(count))
             else:
                 place = (group.state.lengths - 1)[:, None, None].expand(-1, group.num_beams, 1)
                 last.append(group.state.tokens.gather(2, place).reshape(-1))
@@ -483,25 +554,39 @@ class Runner:
         self._metrics.useful_row_steps.add(len(layout.row_slots))
         self._metrics.batch_rows.observe(len(layout.row_slots))
 
-    def _collect(self, steps: Sequence[beam.Step], flags: Array) -> list[Outcome]:
-        outcomes = []
+    def _endings(self, steps: Sequence[beam.Step], flags: Array) -> list[_Ending]:
+        """Reads what has ended from the device, and what is left of each group; changes nothing."""
+        endings = []
         first = 0
-        for group, step in zip(list(self._groups), steps, strict=True):
+        for group, step in zip(self._groups, steps, strict=True):
             done, is_broken = flags[:, first : first + len(group.lanes)]
             first += len(group.lanes)
-            group.state, was_new = step.state, bool(group.prompt)
-            group.prompt = ()
-            over = np.flatnonzero(done | is_broken).tolist()
-            if over:
-                outcomes.extend(self._read(group, over, is_broken))
-                self._keep(group, [i for i in range(len(group.lanes)) if i not in set(over)])
-            if was_new:
+            over = np.flatnonzero(done | is_broken)
+            left, outcomes = step.state, []
+            if len(over):
+                left = step.state.select(self._moved(np.flatnonzero(~(done | is_broken))))
+                outcomes = self._read(group, step.state, over.tolist(), is_broken)
+            endings.append(_Ending(over.tolist(), left, outcomes))
+        return endings
+
+    def _take_over(self, steps: Sequence[beam.Step], endings: Sequence[_Ending]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for group, ending in zip(list(self._groups), endings, strict=True):
+            if group.prompt:
+                group.prompt = ()
                 self._layout = None
+            for place, outcome in zip(ending.places, ending.outcomes, strict=True):
+                if outcome.is_broken:
+                    lane = group.lanes[place]
+                    self._store.scrub(lane.slot, lane.pages)
+            group.state = ending.left
+            if ending.places:
+                self._drop(group, ending.places, ending.left)
+            outcomes.extend(ending.outcomes)
         return outcomes
 
-    def _read(self, group: _Group, places: list[int], is_broken: Array) -> list[Outcome]:
-        index = torch.tensor(places, device=self._device)
-        state = group.state.select(index)
+    def _read(self, group: _Group, state: BeamState, places: list[int], is_broken: Array) -> list[Outcome]:
+        state = state.select(self._moved(places))
         # One transfer for all of it; float64 holds every token id and float32 exactly.
         packed = torch.cat(
             [
@@ -513,22 +598,17 @@ class Runner:
             dim=1,
         ).cpu()
         self._metrics.host_syncs.add()
-        outcomes = []
-        for place, row in zip(places, packed.numpy(), strict=True):
-            length, width = int(row[0]), state.tokens.shape[2]
-            lane = group.lanes[place]
-            if is_broken[place]:
-                self._store.scrub(lane.slot, lane.pages)
-            outcomes.append(
-                Outcome(
-                    job=lane.job,
-                    tokens=row[2 : 2 + length].astype(np.int64),
-                    token_logprobs=row[2 + width : 2 + width + length].astype(np.float32),
-                    score=float(row[1]),
-                    is_broken=bool(is_broken[place]),
-                )
+        width = state.tokens.shape[2]
+        return [
+            Outcome(
+                job=group.lanes[place].job,
+                tokens=row[2 : 2 + int(row[0])].astype(np.int64),
+                token_logprobs=row[2 + width : 2 + width + int(row[0])].astype(np.float32),
+                score=float(row[1]),
+                is_broken=bool(is_broken[place]),
             )
-        return outcomes
+            for place, row in zip(places, packed.numpy(), strict=True)
+        ]
 
 
 def _to_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
@@ -545,6 +625,10 @@ def _bucket(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
 def _padded(array: Array, length: int, value: int) -> Array:
     return np.concatenate([array, np.full(length - len(array), value, dtype=array.dtype)])
 
@@ -552,10 +636,10 @@ def _padded(array: Array, length: int, value: int) -> Array:
 def _pad_to_buckets(inputs: StepInputs, queries: int) -> StepInputs:
     """Rounds every size up, so that few shapes occur; what is added computes with page 0 and is thrown away."""
     lanes, most = inputs.lane_pages.shape
-    new_lanes, new_most = _bucket(lanes, 4), _bucket(most, 1)
+    new_lanes, new_most = _bucket(lanes, 4), _power_of_two(most)
     num_logits = _bucket(inputs.num_logits, 4)
     rows = max(_bucket(len(inputs.tokens), 4), num_logits)
-    pages = _bucket(len(inputs.page_lanes), 8)
+    pages = _power_of_two(len(inputs.page_lanes))
 
     def padded(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
         result = tensor.new_zeros(sizes)
@@ -573,7 +657,7 @@ def _pad_to_buckets(inputs: StepInputs, queries: int) -> StepInputs:
         page_lanes=padded(inputs.page_lanes, pages),
         page_numbers=padded(inputs.page_numbers, pages),
         lane_pages=padded(inputs.lane_pages, new_lanes, new_most),
-        lane_has_page=padded(inputs.lane_has_page, new_lanes, new_most),
-        is_visible=padded(inputs.is_visible, new_lanes, queries, new_most * PAGE_ENTRIES),
+        lane_lacks_page=padded(inputs.lane_lacks_page, new_lanes, new_most),
+        is_hidden=padded(inputs.is_hidden, new_lanes, queries, new_most * PAGE_ENTRIES),
         num_logits=num_logits,
     )

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Florence2Config
 from transformers.models.florence2.modeling_florence2 import Florence2VisionBackbone, Florence2VisionChannelAttention
 
+from florence2_kserve.engine.capture import require_compiler
 from florence2_kserve.processor import ImageSettings
 from florence2_kserve.weights import LoadedModel
 
@@ -70,7 +71,7 @@ class ImageEncoder:
                 f"the processor counts {image.image_seq_length} tokens for an image, the model makes {tokens}"
             )
         if compile:
-            require_compiler(loaded.device)
+            require_compiler(loaded.device, "the vision tower")
         florence = loaded.model.model
         self.backend = "transformers" if backend == "auto" else backend
         self.image_seq_length = tokens
@@ -232,29 +233,6 @@ def timm_key(key: str) -> str:
     for part, replacement in _TIMM_PARTS.items():
         key = re.sub(part, replacement, key)
     return key
-
-
-def require_compiler(device: torch.device) -> None:
-    """Makes sure that torch.compile can work for a device.
-
-    Raises:
-        RuntimeError: If what it needs is missing, by name.
-    """
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise RuntimeError(f"compiling the vision tower for {device} needs Triton, which is missing or too old")
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise RuntimeError(
-            f"compiling the vision tower needs a C++ compiler, such as g++; set CXX to one. {error}"
-        ) from error
 
 
 def tower_flops(config: Florence2Config, height: int, width: int) -> int:

@@ -192,6 +192,11 @@ def test_a_wrong_command_line_is_refused(wrong, capsys):
     assert wrong.split()[0] in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert main(["--quick", "--device", "tpu"]) == 2
+    assert "'tpu'" in capsys.readouterr().err
+
+
 def test_it_needs_no_server_and_no_settings_library():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('kserve', 'pydantic_settings', 'typer', 'fastapi', 'grpc')));"

@@ -4,6 +4,7 @@ import logging
 import random
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 
@@ -23,6 +24,8 @@ from florence2_kserve.engine.interface import (
     QueueFull,
 )
 from florence2_kserve.engine.runner import Runner
+from florence2_kserve.model_files import locate_model
+from florence2_kserve.weights import load_model
 
 from .embedded import answer, by_generate, loaded, processor, request, scene_with_words
 
@@ -117,7 +120,7 @@ def test_padding_to_buckets_changes_no_answer(engine, monkeypatch):
     """What captured steps need, tried without capturing."""
     rows = [request(i, task, num_beams=b) for i in range(3) for task in ("<CAPTION>", "<OD>") for b in (1, 3, 4)]
     expected = tokens(answer(engine, *rows))
-    monkeypatch.setattr("florence2_kserve.engine.runner.capture_step", lambda step, capture, device: step)
+    monkeypatch.setattr("florence2_kserve.engine.runner.capture_step", lambda step, *_, **__: step)
     padded = InflightEngine(loaded(), processor().image, max_batch_size=5, decode_capture="compile")
     assert tokens(answer(padded, *rows)) == expected
     assert padded.metrics.row_steps.value > padded.metrics.useful_row_steps.value
@@ -135,6 +138,7 @@ def test_padding_to_buckets_changes_no_answer(engine, monkeypatch):
         ({"input_ids": np.array([0, 10**6])}, "an id outside 0 to"),
         ({"input_ids": np.array([0, -1])}, "an id outside 0 to"),
         ({"input_ids": np.array([0.5])}, r"expected integers \[L\], got float64"),
+        ({"image_key": "text"}, "expected bytes, got str"),
         ({"max_new_tokens": 0}, "expected 1 to 1024, got 0"),
         ({"max_new_tokens": 10**6}, "expected 1 to 1024, got 1000000"),
         ({"num_beams": 0}, "expected 1 to 8, got 0"),
@@ -353,21 +357,70 @@ def test_what_does_not_fit_together_is_tried_apart():
     engine.close()
 
 
-def test_without_memory_for_a_step_the_youngest_goes():
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_without_memory_for_a_step_the_cache_goes_and_then_the_youngest():
     class Full(Runner):
-        def decode(self):
+        def _endings(self, steps, flags):  # all is computed by then
             if self.num_lanes > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().decode()
+                out_of_memory()
+            return super()._endings(steps, flags)
 
     engine = engine_with(Full, max_batch_size=8)
     rows = [request(index, "<OD>") for index in range(4)]
     futures = engine.submit(rows)
     ended = [future.exception(60) for future in futures]
     assert [type(error) for error in ended] == [type(None), type(None), OutOfMemory, OutOfMemory]
-    assert tokens([future.result() for future in futures[:2]]) == [
-        by_generate(row, num_beams=3)[0] for row in rows[:2]
-    ]
+    expected = [by_generate(row, num_beams=3)[0] for row in rows[:2]]
+    assert tokens([future.result() for future in futures[:2]]) == expected
+    assert engine.metrics.feature_cache_entries.value < 4
+    assert engine.metrics.requests_failed.value == 2
+    engine.close()
+
+
+@pytest.mark.parametrize("where", ["_inherit", "_take_over"])
+def test_a_step_that_fails_when_half_of_it_is_taken_over_gives_up_all_in_it(where):
+    failures = iter([False] * 5 + [True] + [False] * 10_000)
+
+    def fail_once(self, *arguments):
+        return out_of_memory() if next(failures) else getattr(Runner, where)(self, *arguments)
+
+    engine = engine_with(type("Failing", (Runner,), {where: fail_once}), max_batch_size=4)
+    rows = [request(index, "<OD>", num_beams=1 + index) for index in range(6)]
+    futures = engine.submit(rows)
+    ended = [future.exception(60) for future in futures]
+    assert {type(error) for error in ended} == {type(None), OutOfMemory}
+    assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=row.num_beams)[0] for row in rows]
+    assert engine.metrics.requests_running.value == engine.metrics.tokens_reserved.value == 0
+    engine.close()
+
+
+def test_a_prompt_that_fails_halfway_is_decoded_once(monkeypatch):
+    """Lanes of a batch of two kinds: the second kind's start fails once."""
+    from florence2_kserve.engine import beam
+
+    start, calls = beam.start, iter([False, True] + [False] * 1000)
+    monkeypatch.setattr(beam, "start", lambda *a, **k: out_of_memory() if next(calls) else start(*a, **k))
+    engine = InflightEngine(loaded(), processor().image, max_batch_size=2, vision_batch_size=4)
+    rows = [request(0, num_beams=2), request(0, num_beams=3)]
+    assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=row.num_beams)[0] for row in rows]
+    assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=row.num_beams)[0] for row in rows]
+    assert engine.is_healthy
+    engine.close()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_nan_is_found_where_every_token_is_forced(limit, num_beams):
+    engine = engine_with(Poisoned, max_batch_size=2)
+    long = np.tile(request(0).input_ids, 20)
+    with pytest.raises(NonFiniteOutput):
+        engine.submit([poison(77, max_new_tokens=limit, num_beams=num_beams, input_ids=long)])[0].result(60)
+    # Its lane goes to a shorter prompt beside a longer one, which is where leftovers would be read.
+    rows = [request(0), request(1, input_ids=long)]
+    assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=3)[0] for row in rows]
     engine.close()
 
 
@@ -432,6 +485,35 @@ def test_a_step_asks_the_device_for_nothing_but_who_is_done():
     steps = engine.metrics.decode_steps.value
     assert steps < engine.metrics.host_syncs.value <= steps + len(rows)
     engine.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("capture", ["off", "cuda-graph"])
+def test_a_step_on_a_gpu_waits_for_nothing_but_who_is_done(capture):
+    waits: list[int] = []
+
+    class Guarded(Runner):
+        def decode(self):
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                outcomes = super().decode()
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
+            return outcomes
+
+    model = load_model(locate_model(), device="cuda")
+
+    class OnGpu(InflightEngine):
+        def _make_runner(self, *arguments, **settings):
+            return Guarded(*arguments, **settings)
+
+    engine = OnGpu(model, processor().image, decode_capture=capture)
+    rows = [request(i, "<OD>", num_beams=1 + i % 4) for i in range(10)]
+    assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=row.num_beams)[0] for row in rows]
+    recorded = engine.metrics.host_syncs.value
+    engine.close()
+    assert sum(waits) <= recorded + (0 if capture == "off" else 2 * len(waits))
 
 
 def test_metrics_tell_what_happened(engine):

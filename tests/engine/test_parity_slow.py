@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -168,10 +169,22 @@ def test_all_tasks_of_many_scenes_on_the_embedded_model(embedded, processor, cap
         print(f"\n{len(requests)} sequences of {SCENES} scenes: {len(differing)} differ from generate's")
         for index, (margin, step) in margins.items():
             print(f"  {tasks[index]} of {requests[index].image_key.decode()}: a margin of {margin:.1e} at step {step}")
+    # About one sequence in eight has so close a decision somewhere: a margin alone excuses too much.
     assert all(margin < TOLERANCE for margin, _ in margins.values())
+    assert len(differing) <= len(requests) / 1000
+    found = differences_in_float64(embedded, processor.image, [requests[index] for index in differing])
+    assert not found, report(found)
     same = [index for index in range(len(requests)) if index not in margins]
     found = differences(*([rows[index] for index in same] for rows in (expected, run.results, requests)))
     assert not found, report(found)
+
+
+def differences_in_float64(loaded: LoadedModel, image: ImageSettings, requests: list[GenerationRequest]) -> list[str]:
+    """Asks again with the weights in float64, where rounding hardly decides any more."""
+    exact = replace(loaded, model=copy.deepcopy(loaded.model).double())
+    with closing(InflightEngine(exact, image)) as engine:
+        results = [future.result(300) for future in engine.submit(requests)]
+    return differences(expect(exact, image, requests), results, requests)
 
 
 @torch.inference_mode()

@@ -263,12 +263,14 @@ def test_a_processor_for_another_model_is_refused():
         ImageEncoder(loaded, image)
 
 
-def test_compiling_without_a_compiler_is_refused_by_name(monkeypatch):
+def test_compiling_without_a_compiler_is_refused_by_name():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     loaded = random_model(SMALL)
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler.*no-such-compiler"):
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler.*no-such-compiler"),
+    ):
         ImageEncoder(loaded, settings(loaded, 64, 64), compile=True)
 
 
