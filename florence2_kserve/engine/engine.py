@@ -230,11 +230,11 @@ class InflightEngine(Engine):
             self._give_up(job)
 
     def _give_up(self, job: Job) -> None:
-        if job.future.cancelled():
-            self.metrics.requests_cancelled.add()
-        else:
+        if job.claim():
             self.metrics.requests_expired.add()
-            job.fail(DeadlineExceeded("the deadline passed before the answer was there"))
+            job.future.set_exception(DeadlineExceeded("the deadline passed before the answer was there"))
+        else:
+            self.metrics.requests_cancelled.add()
 
     def _leave(self, job: Job) -> None:
         """Takes a job out of flight, wherever it is."""
@@ -245,8 +245,14 @@ class InflightEngine(Engine):
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
         for job in jobs:
             self._leave(job)
+            self._hand_over_error(job, error)
+
+    def _hand_over_error(self, job: Job, error: BaseException) -> None:
+        if job.claim():
             self.metrics.requests_failed.add()
-            job.fail(error)
+            job.future.set_exception(error)
+        else:
+            self.metrics.requests_cancelled.add()
 
     def _set_gauges(self) -> None:
         metrics, scheduler = self.metrics, self._scheduler
@@ -391,8 +397,10 @@ class InflightEngine(Engine):
     def _answer(self, outcome: Outcome) -> None:
         job = outcome.job
         if outcome.is_broken:
-            self.metrics.requests_failed.add()
-            job.fail(NonFiniteOutput("the model gave NaN for this request"))
+            self._hand_over_error(job, NonFiniteOutput("the model gave NaN for this request"))
+            return
+        if not job.claim():
+            self.metrics.requests_cancelled.add()
             return
         generated = len(outcome.tokens) - 1
         is_cut = generated >= job.request.max_new_tokens
@@ -400,7 +408,7 @@ class InflightEngine(Engine):
         (self.metrics.requests_length if is_cut else self.metrics.requests_stopped).add()
         self.metrics.generated_tokens.add(generated)
         self.metrics.request_seconds.observe(now - job.queued_at)
-        job.succeed(
+        job.future.set_result(
             GenerationResult(
                 sequence=outcome.tokens,
                 score=outcome.score,

@@ -45,14 +45,13 @@ class Job:
         deadline = self.request.deadline
         return self.future.cancelled() or (deadline is not None and now >= deadline)
 
-    def succeed(self, result: GenerationResult) -> None:
-        """Hands over the answer, unless the request was cancelled."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
+    def claim(self) -> bool:
+        """Takes away the right to cancel before the job is answered; returns False if that has happened already."""
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
 
     def fail(self, error: BaseException) -> None:
         """Hands over an error, unless the request was cancelled."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
+        if self.claim():
             self.future.set_exception(error)
 
 
