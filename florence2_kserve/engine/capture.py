@@ -13,12 +13,11 @@ from florence2_kserve.engine.decoder import KeyValueStore, StepInputs
 
 _MAX_RECORDINGS = 64
 
+Capture = Literal["off", "compile", "cuda-graph"]
 Step = Callable[[StepInputs, KeyValueStore], torch.Tensor]
 
 
-def capture_step(
-    step: Step, capture: Literal["off", "compile", "cuda-graph"], device: torch.device, *, max_logits: int
-) -> Step:
+def capture_step(step: Step, capture: Capture, device: torch.device, *, max_logits: int) -> Step:
     """Returns a function that does what `step` does.
 
     Args:

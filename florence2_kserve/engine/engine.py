@@ -15,11 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from florence2_kserve.engine.capture import Capture
 from florence2_kserve.engine.feature_cache import FeatureCache, feature_key
 from florence2_kserve.engine.interface import (
     DeadlineExceeded,
@@ -33,8 +34,9 @@ from florence2_kserve.engine.interface import (
     QueueFull,
 )
 from florence2_kserve.engine.metrics import EngineMetrics
-from florence2_kserve.engine.runner import Capture, Outcome, Runner
+from florence2_kserve.engine.runner import Outcome, Runner
 from florence2_kserve.engine.scheduler import Job, Scheduler
+from florence2_kserve.engine.vision import VisionBackend
 from florence2_kserve.processor import ImageSettings
 from florence2_kserve.weights import LoadedModel
 
@@ -81,7 +83,7 @@ class InflightEngine(Engine):
         max_tokens: int | None = None,
         max_queue_size: int = 256,
         vision_batch_size: int | None = None,
-        vision_backend: Literal["auto", "transformers", "timm"] = "auto",
+        vision_backend: VisionBackend = "auto",
         compile_vision: bool = False,
         decode_capture: Capture = "off",
         feature_cache_bytes: int = 256 * 2**20,

@@ -9,18 +9,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from florence2_kserve.engine import beam
 from florence2_kserve.engine.beam import BeamState
-from florence2_kserve.engine.capture import capture_step
+from florence2_kserve.engine.capture import Capture, capture_step
 from florence2_kserve.engine.decoder import Decoder, KeyValueStore, StepInputs
 from florence2_kserve.engine.metrics import EngineMetrics
 from florence2_kserve.engine.scheduler import Job
-from florence2_kserve.engine.vision import ImageEncoder
+from florence2_kserve.engine.vision import ImageEncoder, VisionBackend
 from florence2_kserve.processor import ImageSettings
 from florence2_kserve.weights import LoadedModel
 
@@ -28,7 +28,6 @@ PAGE_ENTRIES = 48  # E: 16 steps of 3 beams
 MAX_PROMPT_TOKENS = 512  # room for a prompt beside the image; checkpoints with 4,096 positions would take all memory
 _WIDTH_STEP = 64  # token buffers grow by this
 
-Capture = Literal["off", "compile", "cuda-graph"]
 Array = np.ndarray[Any, Any]
 
 
@@ -138,7 +137,7 @@ class Runner:
         max_batch_size: int,
         max_num_beams: int,
         max_tokens: int,
-        vision_backend: Literal["auto", "transformers", "timm"] = "auto",
+        vision_backend: VisionBackend = "auto",
         compile_vision: bool = False,
         decode_capture: Capture = "off",
     ) -> None:
@@ -359,11 +358,10 @@ class Runner:
 
     def _close_gaps(self) -> None:
         """Moves the last lanes into free slots, so that those in use lie side by side."""
-        while self._slots and self._slots[-1] is None:
-            self._slots.pop()
         while None in self._slots:
             lane = self._slots.pop()
-            assert lane is not None
+            if lane is None:
+                continue
             source, lane.slot = lane.slot, self._slots.index(None)
             self._slots[lane.slot] = lane
             self._store.move_lane(source, lane.slot, int(self._cross_lengths[source]))
@@ -379,8 +377,6 @@ class Runner:
                 array[lane.slot] = array[source]
             self._page_lanes[lane.pages] = lane.slot
             self._layout = None
-            while self._slots and self._slots[-1] is None:
-                self._slots.pop()
 
     # Rows of a step
 

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from florence2_kserve.benchmark.models import GENERATION
 from florence2_kserve.model_files import Layout
 from florence2_kserve.processor import ImageSettings
-from florence2_kserve.weights import GenerationSettings, LoadedModel
+from florence2_kserve.weights import LoadedModel
 
 BOS, PAD, EOS = 0, 1, 2
 FIRST_WORD = 4  # first id that prompts are drawn from; the last id stands for the image
@@ -87,23 +88,7 @@ def random_model(
         **generation: Fields of GenerationSettings that differ from Florence-2's.
     """
     shape = _SHAPES[width]
-    settings = GenerationSettings(
-        **(
-            {
-                "decoder_start_token_id": EOS,
-                "bos_token_id": BOS,
-                "eos_token_id": EOS,
-                "pad_token_id": PAD,
-                "forced_bos_token_id": BOS,
-                "forced_eos_token_id": EOS,
-                "no_repeat_ngram_size": 3,
-                "num_beams": 3,
-                "length_penalty": 1.0,
-                "early_stopping": True,
-            }
-            | generation
-        )
-    )
+    settings = replace(GENERATION, **generation)
     with torch.device("meta"):  # no time spent on weights that are drawn below
         model = Florence2ForConditionalGeneration(_config(shape))
     model = model.to_empty(device="cpu").to(dtype).requires_grad_(False).eval()

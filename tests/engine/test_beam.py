@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 
+from florence2_kserve.benchmark.models import GENERATION
 from florence2_kserve.engine import beam
 from florence2_kserve.engine.beam import BeamState
 from florence2_kserve.weights import GenerationSettings
@@ -20,23 +21,7 @@ VOCABULARY, START, BOS, EOS, PAD = 40, 2, 0, 2, 1
 
 
 def settings(**changes) -> GenerationSettings:
-    return GenerationSettings(
-        **(
-            {
-                "decoder_start_token_id": START,
-                "bos_token_id": BOS,
-                "eos_token_id": EOS,
-                "pad_token_id": PAD,
-                "forced_bos_token_id": BOS,
-                "forced_eos_token_id": EOS,
-                "no_repeat_ngram_size": 3,
-                "num_beams": 3,
-                "length_penalty": 1.0,
-                "early_stopping": True,
-            }
-            | changes
-        )
-    )
+    return replace(GENERATION, **changes)
 
 
 def language(seed: int, sharpness: float = 2.0) -> Callable[[list[int]], torch.Tensor]:

@@ -25,7 +25,7 @@ from florence2_kserve.engine.interface import (
 )
 from florence2_kserve.engine.runner import Runner
 from florence2_kserve.model_files import locate_model
-from florence2_kserve.weights import load_model
+from florence2_kserve.weights import LoadedModel, load_model
 
 from .embedded import answer, by_generate, loaded, processor, request, scene_with_words
 
@@ -37,14 +37,14 @@ def engine() -> Iterator[InflightEngine]:
     engine.close()
 
 
-def engine_with(runner: type[Runner], **options):
+def engine_with(runner: type[Runner], model: LoadedModel | None = None, **options):
     """Returns an engine whose model is run by `runner`, which fails on purpose."""
 
     class Engine(InflightEngine):
         def _make_runner(self, *arguments, **settings):
             return runner(*arguments, **settings)
 
-    return Engine(loaded(), processor().image, **options)
+    return Engine(model or loaded(), processor().image, **options)
 
 
 def tokens(results):
@@ -502,13 +502,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_who_is_done(capture):
             waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
             return outcomes
 
-    model = load_model(locate_model(), device="cuda")
-
-    class OnGpu(InflightEngine):
-        def _make_runner(self, *arguments, **settings):
-            return Guarded(*arguments, **settings)
-
-    engine = OnGpu(model, processor().image, decode_capture=capture)
+    engine = engine_with(Guarded, load_model(locate_model(), device="cuda"), decode_capture=capture)
     rows = [request(i, "<OD>", num_beams=1 + i % 4) for i in range(10)]
     assert tokens(answer(engine, *rows)) == [by_generate(row, num_beams=row.num_beams)[0] for row in rows]
     recorded = engine.metrics.host_syncs.value

@@ -11,6 +11,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from florence2_kserve.benchmark.models import GENERATION
 from florence2_kserve.weights import GenerationSettings
 from tests.engine.parity import draw_requests, encoder_states, expect, image_features
 from tests.engine.random_models import RandomModel, random_model
@@ -73,20 +74,6 @@ def test_it_finds_what_generate_finds(model, early_stopping):
     assert sum(lengths) >= len(lengths) / 4
 
 
-BART_SETTINGS = GenerationSettings(
-    decoder_start_token_id=2,
-    bos_token_id=0,
-    eos_token_id=2,
-    pad_token_id=1,
-    forced_bos_token_id=0,
-    forced_eos_token_id=2,
-    no_repeat_ngram_size=3,
-    num_beams=3,
-    length_penalty=1.0,
-    early_stopping=True,
-)
-
-
 @pytest.fixture(scope="module")
 def bart() -> BartForConditionalGeneration:
     """So small a vocabulary that ends, repetitions and bans come often."""
@@ -133,7 +120,7 @@ def test_it_finds_what_generate_finds_under_other_settings(bart, changes):
     for index, (early_stopping, num_beams, penalty) in enumerate(cases):
         limit = (1, 3, 9, 9)[(index + index // 4) % 4]
         settings = replace(
-            BART_SETTINGS,
+            GENERATION,
             **changes,
             early_stopping=early_stopping if num_beams > 1 else False,
             num_beams=num_beams,
@@ -206,7 +193,7 @@ def logits_of(table: dict[tuple[int, ...], dict[int, float]]) -> Step:
 
 
 def test_margins_tell_how_close_the_decisions_were():
-    settings = replace(BART_SETTINGS, num_beams=1, no_repeat_ngram_size=0)
+    settings = replace(GENERATION, num_beams=1, no_repeat_ngram_size=0)
     step = logits_of({(2, 0): {4: 0.5, 5: 0.499}, (2, 0, 4): {6: 0.9, 5: 0.1}})
     found = search(step, settings, 4)
     assert found.tokens == [2, 0, 4, 6, 2]
