@@ -13,7 +13,7 @@ export UV_PYTHON_DOWNLOADS := never
 # Set in some containers; without bytecode on disk every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types quick slow lock setup clean train evaluate
+.PHONY: demo test lint types quick slow e2e images lock setup clean train evaluate
 
 demo: $(VENV)/.installed
 	$(SAY) "demo: starting the service on the embedded model"
@@ -36,6 +36,12 @@ quick: $(VENV)/.installed $(BASE_VENV)/.installed
 slow: $(VENV)/.installed $(BASE_VENV)/.installed
 	$(SAY) "pytest, the slow ones"
 	@$(RUN)/pytest -m slow $(ARGS)
+
+# Brings up a cluster of its own, unless FLORENCE2_E2E_KUBECONFIG names one; where none can be had, it skips and says why.
+e2e: $(VENV)/.installed chart-tools
+	$(SAY) "the images and the chart on a real cluster"
+	@$(RUN)/pytest -m e2e tests/images tests/e2e -s $(ARGS); status=$$?; \
+	  test -n "$$FLORENCE2_E2E_KEEP$$FLORENCE2_E2E_KUBECONFIG" || $(RUN)/python -m tests.e2e.cluster down; exit $$status
 
 setup: $(VENV)/.installed $(BASE_VENV)/.installed
 
@@ -64,11 +70,20 @@ $(BASE_VENV)/.installed: $(UV) requirements/base.txt pyproject.toml
 
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-header --no-annotate
+# One resolution, dev.txt; the images' lock files are parts of it. torch.txt is torch and all that it stands on.
 lock: $(UV)
 	$(SAY) "locking requirements"
-	@$(LOCK) pyproject.toml -o requirements/base.txt
-	@$(LOCK) pyproject.toml --extra predictor -o requirements/predictor.txt
 	@$(LOCK) pyproject.toml --extra dev --extra validation --extra loadtest -o requirements/dev.txt
+	@$(LOCK) pyproject.toml -c requirements/dev.txt -o requirements/base.txt
+	@$(LOCK) pyproject.toml --extra predictor -c requirements/dev.txt -o requirements/predictor.txt
+	@echo 'torch torchvision' | tr ' ' '\n' | $(LOCK) - -c requirements/dev.txt -o requirements/torch.txt
+	@$(LOCK) pyproject.toml --extra validation --extra loadtest -c requirements/dev.txt -o requirements/tools.txt
+	@echo hatchling | $(LOCK) - -o requirements/build.txt
+
+# By buildah, or else docker. BASE_IMAGE=local makes a base by debootstrap, where no image registry is reached.
+images:
+	$(SAY) "building the images"
+	@$(PYTHON) tests/images/build.py transformer predictor tools --base $(or $(BASE_IMAGE),default) $(ARGS)
 
 train: $(VENV)/.installed
 	$(SAY) "training the embedded model (resumes where it stopped)"
@@ -79,4 +94,27 @@ evaluate: $(VENV)/.installed
 	@$(RUN)/florence2 evaluate-embedded --write-card
 
 clean:
-	rm -rf $(VENV) $(BASE_VENV) .bootstrap demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BASE_VENV) .bootstrap demo-output e2e-output .pytest_cache .mypy_cache .ruff_cache
+
+# The chart. Its tools are built out of Go modules into ~/.cache/florence2-kserve (FLORENCE2_CACHE), minutes the first time.
+.PHONY: chart-tools chart-test chart-docs manifests manifests-check
+quick: chart-tools
+
+chart-tools: $(VENV)/.installed
+	@$(RUN)/python -m tests.chart.toolbox
+
+chart-test: chart-tools
+	$(SAY) "lint, unit tests, schemas and documentation of the chart"
+	@$(RUN)/pytest tests/chart $(ARGS)
+
+chart-docs: chart-tools
+	$(SAY) "writing the chart's README, and its schema of the settings"
+	@$(RUN)/python -m tests.chart.settings_schema
+	@$(RUN)/python -m tests.chart.readme
+
+manifests: chart-tools
+	$(SAY) "rendering manifests/"
+	@$(RUN)/python -m tests.chart.manifests
+
+manifests-check: chart-tools
+	@$(RUN)/python -m tests.chart.manifests --check
