@@ -1,4 +1,4 @@
-"""The command line: ``florence2 transformer | predictor | serve | demo | infer | benchmark | evaluate-embedded``.
+"""The command line: ``florence2 transformer | predictor | serve | infer | check | demo | benchmark | …``.
 
 Server commands take every field of ``Settings`` that means something to them as a flag, with
 hyphens or underscores, so that what KServe's controller injects fits.
@@ -28,6 +28,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_ModelName = Annotated[str, typer.Option(help="The model's name.")]
+_Headers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="'NAME: VALUE'",
+        help="Sent with every call, e.g. 'Host: florence2.example.com' (over gRPC the authority); may be repeated.",
+    ),
+]
 
 
 def settings_command(name: str, fields: Sequence[str]) -> Callable[[Callable[[Settings], None]], None]:
@@ -125,6 +135,8 @@ def infer(
     model: Annotated[str, typer.Option(help="Checkpoint, where a service is started.")] = "embedded",
     num_beams: Annotated[int | None, typer.Option(help="Beams.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Bound on generated tokens.")] = None,
+    model_name: _ModelName = Settings.model_fields["model_name"].default,
+    header: _Headers = None,
 ) -> None:
     """Answer one question about one image and print the JSON."""
     from florence2_kserve.client import ClientError, Florence2Client
@@ -134,18 +146,42 @@ def infer(
     parameters = {key: value for key, value in options.items() if value is not None}
 
     def ask(address: str) -> None:
-        with Florence2Client(address) as client:
+        with Florence2Client(address, model_name=model_name, headers=_read_headers(header)) as client:
             typer.echo(json.dumps(client.infer(image, task, text, **parameters), ensure_ascii=False))
 
     try:
         if url is not None:
             ask(url)
         else:
-            with LocalService(model=model) as service:
+            with LocalService(model=model, model_name=model_name) as service:
                 ask(service.rest_url)
     except (ClientError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@app.command()
+def check(
+    url: Annotated[str, typer.Option(help="The service, http://…, https://… or grpc://….")],
+    grpc: Annotated[bool, typer.Option("--grpc", help="Speak gRPC, whatever the URL begins with.")] = False,
+    header: _Headers = None,
+    model_name: _ModelName = Settings.model_fields["model_name"].default,
+    wait: Annotated[
+        float, typer.Option(help="Seconds in which it has to become ready and give a first answer.", min=0)
+    ] = 60,
+    timeout: Annotated[float, typer.Option(help="Seconds that each further answer may take.", min=0.001)] = 60,
+) -> None:
+    """Ask a running service about drawn pictures and say what is wrong; exit code 1 if anything is."""
+    from florence2_kserve.check import run_check
+
+    address = f"grpc://{url.partition('://')[2] or url}" if grpc else url
+    try:
+        code = run_check(
+            address, model_name=model_name, headers=_read_headers(header), wait=wait, timeout=timeout, say=typer.echo
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -187,6 +223,16 @@ def evaluate_embedded(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _read_headers(lines: Sequence[str] | None) -> dict[str, str]:
+    headers = {}
+    for line in lines or ():
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip():
+            raise typer.BadParameter(f"has to be 'NAME: VALUE', not {line!r}", param_hint="--header")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 def _serve(run: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class OverloadedError(ClientError):
 
 
 class UnavailableError(ClientError):
-    """The server is loading, draining or can't be reached (503, connection refused or reset)."""
+    """The server is loading, draining or can't be reached (503, a proxy's 502, connection refused or reset)."""
 
 
 class DeadlineError(ClientError):
@@ -77,6 +78,7 @@ _BY_HTTP_STATUS = {
     413: InvalidRequestError,
     404: NotFoundError,
     429: OverloadedError,
+    502: UnavailableError,
     503: UnavailableError,
     504: DeadlineError,
 }
@@ -97,12 +99,18 @@ class Florence2Client:
     change nothing on the server, so that sending twice is safe.
 
     Args:
-        url: ``http://host:port`` for REST, ``grpc://host:port`` for gRPC.
+        url: ``http://host:port`` for REST, ``grpc://host:port`` for gRPC without TLS.
         model_name: Name of the model in the URL.
         timeout: Seconds for one call, its retries included.
         retries: How often a call is repeated.
-        headers: Sent with every call, e.g. ``{"Host": "florence2.default.example.com"}`` or authorization.
+        headers: Sent with every call, e.g. authorization; ``Host`` names a service behind an ingress whose address
+            `url` holds, and is the ``:authority`` over gRPC.
         max_message_bytes: Largest gRPC message.
+
+    Attributes:
+        timeout: As given; may be changed.
+        retries: As given; may be changed.
+        retries_made: How often calls of this client were repeated until now.
     """
 
     def __init__(
@@ -119,6 +127,8 @@ class Florence2Client:
         if not separator or scheme not in ("http", "https", "grpc"):
             raise ValueError(f"url has to start with http://, https:// or grpc://, got {url!r}")
         self.model_name, self.timeout, self.retries = model_name, timeout, retries
+        self.retries_made = 0
+        self._counting = threading.Lock()
         self._transport: _Rest | _Grpc = (
             _Grpc(target, model_name, headers or {}, max_message_bytes)
             if scheme == "grpc"
@@ -196,9 +206,15 @@ class Florence2Client:
             UnavailableError: If it isn't after `timeout` seconds.
         """
         end = time.monotonic() + timeout
-        while not self.is_ready():
+        while True:
+            try:
+                if self._transport.is_ready(min(max(end - time.monotonic(), 1.0), 10.0)):
+                    return
+                reason = "it says that it isn't"
+            except ClientError as error:
+                reason = str(error)
             if time.monotonic() >= end:
-                raise UnavailableError(f"the model isn't ready after {timeout:g} s")
+                raise UnavailableError(f"the model isn't ready after {timeout:g} s: {reason}")
             time.sleep(0.2)
 
     def metadata(self) -> dict[str, Any]:
@@ -227,6 +243,8 @@ class Florence2Client:
                 pause = max(pause, error.retry_after_s or 0.0)
                 if attempt == self.retries or time.monotonic() + pause >= end:
                     raise
+                with self._counting:
+                    self.retries_made += 1
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -281,6 +299,7 @@ class _Rest:
             message = str(response.json().get("error") or response.text)
         except (ValueError, AttributeError):
             message = response.text
+        message = message or f"HTTP {response.status_code} without a word, perhaps of a proxy"
         retry_after = response.headers.get("Retry-After", "")
         raise _BY_HTTP_STATUS.get(response.status_code, ServerError)(
             message, response.status_code, float(retry_after) if retry_after.isdigit() else None
@@ -290,8 +309,14 @@ class _Rest:
 class _Grpc:
     def __init__(self, target: str, model_name: str, headers: dict[str, str], max_message_bytes: int) -> None:
         self._model_name = model_name
-        self._metadata = tuple((key.lower(), value) for key, value in headers.items())
-        options = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("send", "receive")]
+        lower = {key.lower(): value for key, value in headers.items()}
+        options: list[tuple[str, Any]] = [
+            *wire.LASTING_CHANNEL,
+            *((f"grpc.max_{way}_message_length", max_message_bytes) for way in ("send", "receive")),
+        ]
+        if host := lower.pop("host", None):
+            options.append(("grpc.default_authority", host))
+        self._metadata = tuple(lower.items())
         if _is_local(target.rpartition(":")[0].strip("[]")):
             options.append(("grpc.enable_http_proxy", 0))
         self._channel = grpc.insecure_channel(target, options=options)
@@ -334,8 +359,10 @@ class _Grpc:
         try:
             return wire.rpc(self._channel, method)(message, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            kind = _BY_GRPC_STATUS.get(error.code(), ServerError)
-            raise kind(error.details() or "", error.code().name) from None
+            code = error.code()
+            details = error.details() or f"{code.name} without a word, perhaps of a proxy"
+            lost = wire.is_unanswered(code, details)
+            raise (UnavailableError if lost else _BY_GRPC_STATUS.get(code, ServerError))(details, code.name) from None
 
 
 def _is_local(host: str) -> bool:

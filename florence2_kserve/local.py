@@ -16,7 +16,13 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from florence2_kserve.client import Florence2Client
-from florence2_kserve.settings import PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Settings
+from florence2_kserve.settings import (
+    ENV_PREFIX,
+    PREDICTOR_FIELDS,
+    STORAGE_VARIABLE,
+    TRANSFORMER_FIELDS,
+    Settings,
+)
 
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.1
@@ -76,7 +82,10 @@ class LocalService:
         python: The interpreter, and what starts the command line in it.
         wait: Whether to wait until the model is ready; else until the process lives.
         timeout: Seconds until then.
-        **flags: Fields of Settings.
+        host: Another loopback address.
+        http_port: None for a free one.
+        grpc_port: None for a free one.
+        **flags: Other fields of Settings.
 
     Attributes:
         rest_url: ``http://127.0.0.1:port``.
@@ -90,13 +99,16 @@ class LocalService:
         python: Sequence[str] = (sys.executable, "-m", "florence2_kserve.cli"),
         wait: bool = True,
         timeout: float = 180.0,
+        host: str = LOOPBACK,
+        http_port: int | None = None,
+        grpc_port: int | None = None,
         **flags: Any,
     ) -> None:
         self._start, self._wait = [*python, command], wait
-        self.http_port, self.grpc_port = free_port(), free_port()
-        self.rest_url, self.grpc_url = f"http://{LOOPBACK}:{self.http_port}", f"{LOOPBACK}:{self.grpc_port}"
+        self.http_port, self.grpc_port = http_port or free_port(), grpc_port or free_port()
+        self.rest_url, self.grpc_url = f"http://{host}:{self.http_port}", f"{host}:{self.grpc_port}"
         self._timeout = timeout
-        self._flags = {"host": LOOPBACK, "http_port": self.http_port, "grpc_port": self.grpc_port, **flags}
+        self._flags = {"host": host, "http_port": self.http_port, "grpc_port": self.grpc_port, **flags}
         self._log = tempfile.NamedTemporaryFile(prefix="florence2-serve-", suffix=".log", delete=False)  # noqa: SIM115
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -143,7 +155,9 @@ def _start(command: str, settings: Settings, fields: list[str]) -> subprocess.Po
         if (value := getattr(settings, name)) != Settings.model_fields[name].default
     ]
     # Flags say it all: a variable meant for the one process must not reach the other.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FLORENCE2_")}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX) and key != STORAGE_VARIABLE
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "florence2_kserve.cli", command, *flags],
         env=environment,

@@ -7,7 +7,9 @@ opened, so it is neither downloaded nor opened; nor is Python code that lies bes
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +43,10 @@ _SAFE_REPOSITORIES = (
     "florence-community/Florence-2-large-ft or mrhendrey/Florence-2-large-ft-safetensors"
 )
 _EMBEDDED_FOLDER = Path(__file__).parent / "tiny" / "checkpoint"
+# KServe sets it to "async" where a model comes as an image (oci://): another container of the pod then links the
+# folder to its own files, which may take until after this one has started.
+_INIT_MODE_VARIABLE = "MODEL_INIT_MODE"
+_AWAIT_S = 60.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -98,6 +104,8 @@ def locate_model(reference: str = EMBEDDED, *, revision: str | None = None, with
             raise ModelFilesError("the embedded model is not part of this installation; name another model")
     else:
         folder = Path(reference).expanduser()
+        if os.environ.get(_INIT_MODE_VARIABLE) == "async" and folder.is_absolute():
+            _await(folder / CONFIG_FILE)
         is_hub_id = not folder.exists() and _HUB_ID.fullmatch(reference) is not None
     if revision is not None and not is_hub_id:
         raise ModelFilesError(f"revision {revision!r} was given, but only hub ids have revisions, not {reference!r}")
@@ -145,6 +153,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFilesError(f"{path} holds no JSON object")
     return content
+
+
+def _await(path: Path) -> None:
+    end = time.monotonic() + _AWAIT_S
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _download(reference: str, revision: str | None, with_weights: bool) -> Path:

@@ -1,15 +1,22 @@
-"""The transformer's call to its predictor, over V2 gRPC with raw tensors."""
+"""The transformer's call to its predictor, over V2 gRPC with raw tensors.
+
+Predictors come and go while calls are made: they are scaled, rolled out, evicted, killed. A
+prediction is a function of its request and changes nothing, so a call that was lost on the way is
+made again, on another replica if there is one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
+from prometheus_client import Counter
 
 from florence2_kserve import errors
 from florence2_kserve.protocol import wire
@@ -20,7 +27,12 @@ FORWARDED_HEADERS = ("x-request-id", "traceparent", "tracestate", "authorization
 # Where KServe's Services listen; it injects the host without a port.
 DEFAULT_PORT, DEFAULT_TLS_PORT = 80, 443
 _FIRST_BACKOFF_S = 0.1
+_LONGEST_BACKOFF_S = 5.0
 _HEALTH_TIMEOUT_S = 2.0
+# There is no memory for a row: that the predictor has tried. Trying again is left to the client.
+_ABOUT_A_ROW = re.compile(r"row \d+: ")
+
+RETRIES = Counter("florence2_transformer_predictor_retries", "Calls to the predictor that were made again.")
 
 
 class PredictorClient:
@@ -36,7 +48,8 @@ class PredictorClient:
             raise ValueError("predictor_host is not set: the transformer needs --predictor-host HOST[:PORT]")
         host = settings.predictor_host
         port = DEFAULT_TLS_PORT if settings.predictor_use_ssl else DEFAULT_PORT
-        self._target = host if host.rpartition("]")[2].count(":") == 1 else f"{host}:{port}"
+        complete = "://" in host or host.rpartition("]")[2].count(":") == 1
+        self._target = host if complete else f"{host}:{port}"
         self._settings = settings
         self._pad_token_id = pad_token_id
         self._channel: grpc.aio.Channel | None = None
@@ -46,7 +59,7 @@ class PredictorClient:
     ) -> GenerateResult:
         """Sends `call` and returns its results.
 
-        A predictor that is away is tried again, with growing jittered pauses, while time is left.
+        A predictor that is away or lost is tried again, with growing jittered pauses, while time is left.
 
         Args:
             model_name: Model's name on the predictor.
@@ -85,12 +98,15 @@ class PredictorClient:
                 break
             except grpc.aio.AioRpcError as error:
                 code, details = error.code(), error.details() or ""
-            pause = _FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5)
-            attempt += 1
-            if code is not grpc.StatusCode.UNAVAILABLE:
+            if not wire.is_unanswered(code, details):
                 raise errors.from_grpc_status(code, details)
+            if _ABOUT_A_ROW.match(details):
+                raise errors.Unavailable(details)
+            pause = min(_FIRST_BACKOFF_S * 2**attempt, _LONGEST_BACKOFF_S) * random.uniform(0.5, 1.5)
+            attempt += 1
             if attempt > self._settings.predictor_request_retries or time.monotonic() + pause >= deadline:
                 raise errors.Unavailable(f"the predictor can't answer now: {details}")
+            RETRIES.inc()
             await asyncio.sleep(pause)
         try:
             tensors = wire.response_tensors(answer)
@@ -117,15 +133,12 @@ class PredictorClient:
         # Made on first use, since it belongs to the event loop that runs then.
         if self._channel is None:
             options: list[tuple[str, Any]] = [
+                *wire.LASTING_CHANNEL,
                 ("grpc.max_send_message_length", self._settings.grpc_max_send_message_length),
                 ("grpc.max_receive_message_length", self._settings.grpc_max_receive_message_length),
                 ("grpc.enable_http_proxy", 0),  # an environment's proxy leads out of the cluster, not into it
                 # Behind a headless Service one name has many addresses: spread over all of them.
                 ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
-                # A predictor that restarts is back in a second, not in gRPC's default of up to two minutes.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 2000),
             ]
             if self._settings.predictor_use_ssl:
                 credentials = grpc.ssl_channel_credentials()

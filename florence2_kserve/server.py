@@ -29,8 +29,10 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import RESTServer
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2_kserve import __version__, errors
+from florence2_kserve.protocol.public import PLATFORM
 from florence2_kserve.protocol.rest import decode_request, encode_response
 from florence2_kserve.protocol.tensors import check_datatype
 from florence2_kserve.settings import Settings
@@ -58,7 +60,8 @@ class TruthfulDataPlane(DataPlane):
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         """Returns the V2 metadata of a model."""
-        return await super().model_metadata(model_name) | {"platform": "florence2-kserve"}
+        platform = getattr(self.get_model_from_registry(model_name), "platform", PLATFORM)
+        return await super().model_metadata(model_name) | {"platform": platform}
 
     @property
     def failure(self) -> str | None:
@@ -171,12 +174,7 @@ class _GrpcServer(GRPCServer):
         self._server = aio.server(
             ThreadPoolExecutor(max_workers=max_workers),
             interceptors=(ExceptionToStatusInterceptor(),),
-            options=[
-                ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
-                ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
-                # Two servers on one port would share requests at random; better fail at start.
-                ("grpc.so_reuseport", 0),
-            ],
+            options=_grpc_options(settings),
         )
         servicer = _Servicer if settings.open_model_repository else _ClosedRepository
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
@@ -188,6 +186,36 @@ class _GrpcServer(GRPCServer):
         await self._server.start()
         logger.info("gRPC on %s:%d", settings.host, settings.grpc_port)
         await self._server.wait_for_termination()
+
+
+def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_send_message_length", settings.grpc_max_send_message_length),
+        ("grpc.max_receive_message_length", settings.grpc_max_receive_message_length),
+        # Two servers on one port would share requests at random; better fail at start.
+        ("grpc.so_reuseport", 0),
+    ]
+    if settings.grpc_max_connection_age_seconds:
+        # A gRPC client asks for its server's addresses only when a connection ends. Behind a headless
+        # Service a new replica would get nothing for as long as the old ones' connections live. Calls in
+        # flight end in their own time: the grace behind this age is unlimited unless it is set.
+        options.append(("grpc.max_connection_age_ms", int(settings.grpc_max_connection_age_seconds * 1000)))
+    return options
+
+
+class _CloseWhileDraining:
+    """ASGI middleware: once the server drains, its answers tell clients to connect anew, elsewhere."""
+
+    def __init__(self, app: ASGIApp, dataplane: TruthfulDataPlane) -> None:
+        self._app, self._dataplane = app, dataplane
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._dataplane.draining:
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, send_on)
 
 
 class _RestServer(RESTServer):
@@ -302,6 +330,8 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
         dataplane: Where models are looked up.
         settings: Limits.
     """
+
+    app.add_middleware(_CloseWhileDraining, dataplane=dataplane)
 
     @app.exception_handler(errors.ServiceError)
     async def explain(request: Request, error: errors.ServiceError) -> Response:

@@ -8,12 +8,15 @@ model server, under its names.
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "FLORENCE2_"
+# KServe's storage initializer looks for this variable and puts what it names into this folder.
+STORAGE_VARIABLE, STORAGE_FOLDER = "STORAGE_URI", "/mnt/models"
 MIB = 1024 * 1024
 _USUAL_BEAMS = 3  # what checkpoints ask for
 
@@ -26,7 +29,11 @@ class Settings(BaseSettings):
     )
 
     # The model
-    model: str = Field("embedded", description='Checkpoint: "embedded", a folder such as /mnt/models, or a hub id.')
+    model: str = Field(
+        "embedded",
+        description='Checkpoint: "embedded", a folder such as /mnt/models, or a hub id; '
+        "unset where KServe has put a checkpoint to /mnt/models: that one.",
+    )
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     device: str = Field("auto", description='"auto", "cpu", "cuda" or "cuda:N"; only "auto" may fall back to CPU.')
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -74,6 +81,12 @@ class Settings(BaseSettings):
         0, ge=0, description="Time after SIGTERM in which the server reports not ready but still answers."
     )
     grace_period: int = Field(30, ge=0, description="Time after that for requests in flight to finish.")
+    grpc_max_connection_age_seconds: float = Field(
+        30,
+        ge=0,
+        description="Age at which a gRPC connection is replaced, its calls undisturbed, "
+        "so that clients look up new replicas; 0 never.",
+    )
     host: str = Field("0.0.0.0", description="Address to listen on.")
     open_model_repository: bool = Field(
         False, description="Let clients unload the model by the repository extension; only a restart brings it back."
@@ -102,14 +115,26 @@ class Settings(BaseSettings):
     grpc_max_receive_message_length: int = Field(64 * MIB, ge=1, description="Bytes of a gRPC request (KServe).")
 
     # KServe: the transformer's way to its predictor
-    predictor_host: str | None = Field(None, description="Predictor's host, with or without port (KServe).")
+    predictor_host: str | None = Field(
+        None, description="Predictor's host, with or without port, or a gRPC target such as dns:///HOST:PORT (KServe)."
+    )
     predictor_protocol: Literal["grpc-v2"] = Field("grpc-v2", description="Only grpc-v2 is spoken (KServe).")
     predictor_use_ssl: bool = Field(False, description="Speak TLS to the predictor (KServe).")
     predictor_request_timeout_seconds: int = Field(600, ge=1, description="Longest call to the predictor (KServe).")
-    predictor_request_retries: int = Field(3, ge=0, description="Retries of a predictor that is away (KServe).")
+    predictor_request_retries: int = Field(
+        10, ge=0, description="Retries of a predictor that is away; 10 take about 25 seconds (KServe)."
+    )
     enable_predictor_health_check: bool = Field(
         False, description="Be ready only while the predictor is; keeps it from scaling to zero (KServe)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_the_storage_initializer_brought(cls, given: Any) -> Any:
+        # Serving the embedded toy instead of the checkpoint that was asked for would go unnoticed.
+        if isinstance(given, dict) and "model" not in given and os.environ.get(STORAGE_VARIABLE):
+            return {**given, "model": STORAGE_FOLDER}
+        return given
 
     @field_validator("predictor_protocol", mode="before")
     @classmethod
@@ -190,6 +215,7 @@ SERVER_FIELDS = [
     "max_num_beams",
     "drain_seconds",
     "grace_period",
+    "grpc_max_connection_age_seconds",
     "open_model_repository",
     "model",
     "model_revision",

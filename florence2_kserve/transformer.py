@@ -17,13 +17,15 @@ from kserve.protocol.infer_type import InferRequest, InferResponse
 from florence2_kserve import errors
 from florence2_kserve.answers import generated_text, parse_answer, region_text
 from florence2_kserve.images import ImageError, ImageTooLarge, decode_image, resize_image
-from florence2_kserve.model_files import locate_model
+from florence2_kserve.model_files import EMBEDDED, locate_model
 from florence2_kserve.predictor_client import PredictorClient
 from florence2_kserve.processor import Processor
 from florence2_kserve.protocol.internal import GenerateCall, GenerateResult
 from florence2_kserve.protocol.public import (
+    EMBEDDED_PLATFORM,
     GENERATED_TEXT,
     INPUT_IMAGE,
+    PLATFORM,
     TEXT_PROMPT,
     Bounds,
     InferenceCall,
@@ -63,6 +65,11 @@ class Florence2Transformer(Model):
         # Decoded images are large: no more at once than there are processors to decode them.
         self._preparing = asyncio.Semaphore(settings.max_asyncio_workers or os.cpu_count() or 1)
         self.ready = True
+
+    @property
+    def platform(self) -> str:
+        """What model metadata says of the model's kind."""
+        return EMBEDDED_PLATFORM if self._settings.model == EMBEDDED else PLATFORM
 
     def load(self) -> bool:
         """Does nothing: all there is to load was loaded when the object was made."""

@@ -3,15 +3,20 @@
 Names and shapes of the original layout come from Microsoft's own code (``data/original_layout_*.json``),
 those of the native layout from transformers. Weights are drawn from the tensor's name alone, so
 the same model comes out in both layouts, on every machine and in whichever order.
+
+``python -m tests.shadow native|original FOLDER [--processor-only]`` writes a small one (10 MB), which a
+CPU serves within seconds; its answers are nonsense of the right form. ``--processor-only`` leaves out the
+weights: what a transformer needs.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -536,3 +541,29 @@ _POST_PROCESSOR_CONFIG: dict[str, Any] = {
     "bboxes": {},
     "description_with_bboxes_or_polygons": {},
 }
+
+
+# Its answers, which hardly ever end by themselves, are as long as its positions allow.
+_QUICK = replace(SMALL, positions=96)
+
+
+def _cut_positions(tensors: dict[str, Array]) -> None:
+    for key, tensor in tensors.items():
+        if key.endswith("embed_positions.weight"):
+            tensors[key] = np.ascontiguousarray(tensor[: _QUICK.positions + 2])  # BART's are two rows longer
+
+
+def main() -> None:
+    """Writes a small checkpoint."""
+    parser = argparse.ArgumentParser(description="Writes a small checkpoint with drawn weights.")
+    parser.add_argument("layout", choices=["native", "original"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--processor-only", action="store_true", help="without weights, as for a transformer")
+    given = parser.parse_args()
+    {"native": write_native, "original": write_original}[given.layout](given.folder, _QUICK, change=_cut_positions)
+    if given.processor_only:
+        (given.folder / "model.safetensors").unlink()
+
+
+if __name__ == "__main__":
+    main()

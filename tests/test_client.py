@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from florence2_kserve.client import (
+    ClientError,
     DeadlineError,
     Florence2Client,
     InvalidRequestError,
@@ -124,6 +125,10 @@ def unavailable(connection: socket.socket) -> None:
     answer(connection, "503 Service Unavailable", '{"error": "loading"}', "Retry-After: 1\r\n")
 
 
+def bad_gateway(connection: socket.socket) -> None:
+    answer(connection, "502 Bad Gateway", "<html>")
+
+
 def reset(connection: socket.socket) -> None:
     connection.recv(1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -175,7 +180,7 @@ def breaking_first(
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen
 
 
-@pytest.mark.parametrize("break_it", [overloaded, unavailable, reset])
+@pytest.mark.parametrize("break_it", [overloaded, unavailable, bad_gateway, reset])
 def test_a_server_that_recovers_is_asked_again(service, break_it):
     with breaking_first(service, break_it, 2) as (url, seen), Florence2Client(url) as client:
         assert client.infer(png(), "<CAPTION>")["<CAPTION>"]
@@ -190,3 +195,44 @@ def test_a_server_that_does_not_recover_is_given_up(service, break_it, error):
         with pytest.raises(error):
             client.infer(png(), "<CAPTION>")
         assert len(seen) == 3
+
+
+def test_retries_are_counted(service):
+    with breaking_first(service, unavailable, 2) as (url, _), Florence2Client(url) as client:
+        client.infer(png(), "<CAPTION>")
+        assert client.retries_made == 2
+        client.infer(png(), "<CAPTION>")
+        assert client.retries_made == 2
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_service_behind_an_ingress_is_named_by_the_host_header(scheme):
+    """What goes out is read off the wire."""
+    host = "florence2.default.example.com"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+        seen: list[bytes] = []
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                if scheme == "grpc":
+                    connection.sendall(b"\0\0\0\4\0\0\0\0\0")  # HTTP/2's SETTINGS, for which the client waits
+                while data := connection.recv(65536):
+                    seen.append(data)
+                    if host.encode() in b"".join(seen):
+                        return
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = Florence2Client(address, headers={"Host": host, "X-Team": "vision"}, retries=0, timeout=5)
+        with client, pytest.raises(ClientError):
+            client.infer(png(), "<OD>")
+        thread.join(10)
+    sent = b"".join(seen)
+    if scheme == "http":
+        assert f"\r\nhost: {host}\r\n".encode() in sent.lower()
+        assert sent.lower().count(b"\r\nhost:") == 1
+    else:
+        assert host.encode() in sent
+        assert b"127.0.0.1" not in sent

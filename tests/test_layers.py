@@ -9,6 +9,7 @@ import pytest
 
 BASE = [
     "answers",
+    "check",
     "cli",
     "client",
     "demo",
@@ -43,7 +44,7 @@ ENGINE = [
     "tiny.train",
     "weights",
 ]
-CLIENT = ["client", "settings", "cli", "local"]
+CLIENT = ["check", "client", "settings", "cli", "local"]
 
 
 def loaded_after_importing(module: str) -> set[str]:

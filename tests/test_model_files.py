@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import pytest
@@ -62,6 +62,19 @@ def test_the_embedded_model_is_the_default(native, monkeypatch):
 def test_a_home_folder_is_expanded(native, monkeypatch):
     monkeypatch.setenv("HOME", str(native.parent))
     assert locate_model(f"~/{native.name}").folder == native
+
+
+def test_a_folder_that_another_container_fills_is_waited_for(native, tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    monkeypatch.setattr(model_files, "_AWAIT_S", 0.3)
+    monkeypatch.setenv("MODEL_INIT_MODE", "async")
+    with pytest.raises(ModelFilesError, match="is neither a folder here nor a hub id"):
+        locate_model(str(folder))
+    monkeypatch.setattr(model_files, "_AWAIT_S", 30)
+    link = Timer(0.5, folder.symlink_to, (native,))
+    link.start()
+    assert locate_model(str(folder)).layout is Layout.NATIVE
+    link.join()
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,18 @@ def test_a_predictor_that_cannot_load_ends_with_the_reason(flags):
     assert predictor.process.returncode == 1
 
 
+@pytest.mark.parametrize("command", ["transformer", "predictor"])
+def test_an_empty_volume_ends_a_server_with_one_line_that_says_so(command, tmp_path):
+    host = {"predictor_host": "127.0.0.1:1"} if command == "transformer" else {}
+    server = LocalService(command, model=tmp_path, **host)
+    with pytest.raises(RuntimeError, match=r"ended while starting") as caught, server:
+        pass
+    says = f"error: model '{tmp_path}' lacks config.json; {tmp_path} holds nothing"
+    assert str(caught.value).splitlines()[-1] == says
+    assert server.process is not None
+    assert server.process.returncode == 1
+
+
 @pytest.mark.parametrize(
     "python",
     [

@@ -127,3 +127,18 @@ def test_limits_are_given_in_the_units_that_the_code_wants():
     settings = Settings(max_body_mib=2, max_image_mib=0.5, max_image_megapixels=1.5)
     assert (settings.max_body_bytes, settings.max_image_bytes) == (2 * MIB, MIB // 2)
     assert settings.max_image_pixels == 1_500_000
+
+
+def test_what_kserve_has_put_to_mnt_models_is_served_unless_another_model_is_named(monkeypatch, parsed):
+    assert Settings().model == "embedded"
+    # KServe writes the folder in place of the address, except for images (oci://).
+    for value in ("/mnt/models", "oci://registry.example/florence:1"):
+        monkeypatch.setenv("STORAGE_URI", value)
+        assert Settings().model == "/mnt/models"
+        assert parsed("predictor").model == "/mnt/models"
+        assert parsed("predictor", "--model", "embedded").model == "embedded"
+    monkeypatch.setenv("FLORENCE2_MODEL", "/elsewhere")
+    assert Settings().model == "/elsewhere"
+    monkeypatch.delenv("FLORENCE2_MODEL")
+    monkeypatch.setenv("STORAGE_URI", "")
+    assert Settings().model == "embedded"

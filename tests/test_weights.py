@@ -576,7 +576,11 @@ print(json.dumps({"peak_gib": peak, "errors": errors, "parameters": parameters})
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(
-    ("size", "parameters", "most_gib"), [(shadow.BASE, 231e6, 3), (shadow.LARGE, 777e6, 8)], ids=["base", "large"]
+    ("size", "parameters", "most_gib"),
+    [
+        pytest.param(shadow.BASE, 231e6, 3, id="base"),
+        pytest.param(shadow.LARGE, 777e6, 8, id="large", marks=pytest.mark.full),
+    ],
 )
 def test_full_size(size, parameters, most_gib, layout, dtype, tmp_path):
     folder = writer(layout)(tmp_path / "model", size)

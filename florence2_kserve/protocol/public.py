@@ -30,6 +30,8 @@ REQUIRED_INPUTS = (INPUT_IMAGE, TASK_PROMPT)
 INPUTS = (INPUT_IMAGE, TASK_PROMPT, TEXT_PROMPT)
 OUTPUTS = {PARSED_JSON: "BYTES", GENERATED_TEXT: "BYTES", SCORES: "FP32"}
 DEFAULT_OUTPUTS = (PARSED_JSON,)
+# The ``platform`` of model metadata, in the protocol's form <project>_<format>.
+PLATFORM, EMBEDDED_PLATFORM = "florence2_safetensors", "florence2_embedded"
 
 # Request parameters that belong to the wire format and not to us.
 _TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -18,6 +19,16 @@ from florence2_kserve.errors import BadTensor
 from florence2_kserve.protocol.tensors import DATATYPES, Tensor, from_values, pack, unpack
 
 SERVICE = "/inference.GRPCInferenceService/"
+
+# Options of a channel that outlives the servers at its other end.
+LASTING_CHANNEL = [
+    # A server that restarts is back in a second, not in gRPC's default of up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Nor are its address's successors unknown for gRPC's default of half a minute.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+]
 
 # message → field → (number, type); "[]" repeats, "{}" maps from strings, "|" belongs to a oneof.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
@@ -135,6 +146,22 @@ def rpc(channel: Any, method: str) -> Any:
         SERVICE + method,
         request_serializer=MESSAGES[f"{method}Request"].SerializeToString,
         response_deserializer=MESSAGES[f"{method}Response"].FromString,
+    )
+
+
+def is_unanswered(code: grpc.StatusCode, details: str) -> bool:
+    """Whether a call failed since its server couldn't be reached, was lost, or can't answer now.
+
+    Of other failures the server itself is the judge. Asking again is safe in either case: an
+    inference is a function of its request and changes nothing.
+    """
+    if code is grpc.StatusCode.UNAVAILABLE:  # refused, reset, drained, loading, or 502 to 504 of a proxy
+        return True
+    if code is grpc.StatusCode.CANCELLED:  # by the other side, as it ends: who cancels its own call doesn't ask
+        return True
+    # A stream or connection that broke off under the call.
+    return (code is grpc.StatusCode.INTERNAL and "RST_STREAM" in details) or (
+        code is grpc.StatusCode.UNKNOWN and "Stream removed" in details
     )
 
 

@@ -120,7 +120,9 @@ def test_features_are_those_of_transformers(backend, attention, dtype, tolerance
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance", "side"), [(torch.float64, 1e-10, 400), (torch.float32, 1e-5, 768)])
-@pytest.mark.parametrize("vision", [BASE, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize(
+    "vision", [pytest.param(BASE, id="base"), pytest.param(LARGE, id="large", marks=pytest.mark.full)]
+)
 def test_features_are_those_of_transformers_at_the_public_sizes(backend, dtype, tolerance, side, vision):
     loaded = random_model(vision, dtype)
     image, images = settings(loaded, side, side), random_images(1, side, side)
