@@ -1,0 +1,3 @@
+module local/tiny
+
+go 1.26.0
