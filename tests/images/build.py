@@ -69,15 +69,17 @@ def build(
     """
     builder = find_builder()
     image = f"{prefix}{target}:{tag}"
-    arguments = {"VERSION": version(), "REVISION": revision()}
-    if base == "local":
-        arguments["BASE_IMAGE"] = local_base()
-    elif base != "default":
-        arguments["BASE_IMAGE"] = base
+    base_image = local_base() if base == "local" else base
     command = [builder, "build", *(["--layers"] if builder == "buildah" else []), "--target", target, "--tag", image]
     command += options
-    command += [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
+    if base_image != "default":
+        command += ["--build-arg", f"BASE_IMAGE={base_image}"]
     with tempfile.TemporaryDirectory() as folder, _one_at_a_time():
+        # Written into the file: of a label made of an argument, buildah's cache doesn't see that it changed.
+        text = (ROOT / "Dockerfile").read_text().replace("${VERSION}", version()).replace("${REVISION}", revision())
+        dockerfile = Path(folder, "Dockerfile")
+        dockerfile.write_text(text)
+        command += ["--file", str(dockerfile)]
         for name, path in index_settings(Path(folder)).items():
             command += ["--secret", f"id={name},src={path}"]
         _run([*command, str(ROOT)], verbose)

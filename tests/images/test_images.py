@@ -139,6 +139,12 @@ def test_has_the_command_line_and_the_embedded_model(image: str) -> None:
         assert (root / MODEL).stat().st_size > 1_000_000
 
 
+def test_says_what_it_was_built_from(image: str) -> None:
+    labels = container.config(image)["config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == build.version()
+    assert labels["org.opencontainers.image.revision"] == build.revision()
+
+
 def test_has_neither_installers_nor_the_packages_tests(image: str) -> None:
     with container.files(image) as root:
         found = {path.name.split("-")[0] for path in (root / SITE_PACKAGES).iterdir()}
