@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
+
+from PIL import Image
 
 from .kube import KubeError
 from .load import Load, Question
@@ -41,6 +45,13 @@ def assert_answers(release: Release, questions: list[Question], *, grpc: bool = 
             assert client.infer(question.image, question.task, question.text) == question.answer, question.task
 
 
+def enlarged(picture: bytes, side: int = 3072) -> bytes:
+    """Returns a picture as a JPEG of `side` × `side` pixels."""
+    with Image.open(io.BytesIO(picture)) as image, io.BytesIO() as file:
+        image.convert("RGB").resize((side, side)).save(file, "JPEG")
+        return file.getvalue()
+
+
 def run_conformance(release: Release, *, grpc: bool) -> str:
     """Runs tests/conformance, as it is, against the ingress, and returns its last line."""
     cluster = release.kube.cluster
@@ -68,8 +79,6 @@ def share_of_rows(release: Release, questions: list[Question], requests: int = 6
 
 def assert_locked_down(release: Release) -> None:
     """In the running pods: no root, nothing to write to but /tmp and /cache, no token, no capabilities."""
-    import json
-
     for component in COMPONENTS:
         pod = release.kube.ready_pods(release.namespace, component)[0]
         seen = json.loads(release.exec(pod, WHOAMI))

@@ -86,9 +86,24 @@ class Release:
         for component in COMPONENTS:
             pods = self.kube.pods(self.namespace, component)
             mine = [pod for pod in pods if (pod.metadata.annotations or {}).get(MARK) == str(self._revision)]
-            if not mine or len(mine) != len(pods) or not all(map(is_ready, mine)):
+            if len(mine) != len(pods) or not all(map(is_ready, mine)):
+                return False
+            if not mine and not self._is_ready_at_zero(component):
                 return False
         return True
+
+    def _is_ready_at_zero(self, component: str) -> bool:
+        """Whether this revision became ready and has no pods since nobody asks."""
+        if self.mode != "Knative":
+            return False
+        service = self.kube.custom.get_namespaced_custom_object(
+            "serving.knative.dev", "v1", self.namespace, "services", f"{self.name}-{component}"
+        )
+        status = service.get("status", {})
+        created, ready = status.get("latestCreatedRevisionName"), status.get("latestReadyRevisionName")
+        mark = service["spec"]["template"]["metadata"].get("annotations", {}).get(MARK)
+        seen = status.get("observedGeneration") == service["metadata"]["generation"]
+        return seen and created is not None and created == ready and mark == str(self._revision)
 
     def is_ready(self) -> bool:
         """Whether the InferenceService says that it is ready."""

@@ -36,7 +36,7 @@ from .shell import ClusterError, run, step, succeeds, wait
 ETCD = "http://127.0.0.1:2379"  # in the node's network
 CRI = RUN / "containerd.sock"
 APPLIED = RUN / "applied"
-CAP_SYS_ADMIN = 1 << 21
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 MEMORY_GB = 8
 READY_S = 300
 
@@ -48,8 +48,8 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "it needs root"
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    if not int(status["CapEff"], 16) & CAP_SYS_ADMIN:
-        return "it needs the capability to make namespaces and mounts (CAP_SYS_ADMIN)"
+    if missing := [name for name, bit in CAPABILITIES.items() if not int(status["CapEff"], 16) >> bit & 1]:
+        return f"it needs the capabilities to make namespaces, mounts and links: {', '.join(missing)}"
     if not Path("/sys/fs/cgroup").is_mount() or not os.access("/sys/fs/cgroup", os.W_OK):
         return "it needs control groups at /sys/fs/cgroup that it may write to"
     if shutil.which("apt-get") is None:
@@ -124,11 +124,15 @@ def status() -> str:
     """How it is, for people."""
     if not node.is_running():
         return "down"
-    lines = [f"{key}={value}" for key, value in addresses().items()]
-    lines += [f"{name}: {'runs' if alive else 'HAS ENDED'}" for name, alive in node.daemons().items()]
+    lines = [f"{name}: {'runs' if alive else 'HAS ENDED'}" for name, alive in node.daemons().items()]
     usage = node.usage()
     lines += [f"memory: {sum(usage.values())} MiB", *(f"  {name}: {mib}" for name, mib in list(usage.items())[:12])]
-    return "\n".join([*lines, kubectl("get", "nodes,isvc,ksvc,pods", "-A")])
+    try:
+        lines += [f"{key}={value}" for key, value in addresses().items()]
+        lines += [kubectl("get", "nodes,isvc,ksvc,pods", "-A")]
+    except ClusterError as error:
+        lines += [str(error)]
+    return "\n".join(lines)
 
 
 def kubectl(*arguments: str | Path, stdin: str | None = None, limit_s: float = 60) -> str:
@@ -174,6 +178,8 @@ def _start_node() -> None:
             f"--root-ca-file={pki.CA}",
             f"--cluster-signing-cert-file={pki.CA}",
             f"--cluster-signing-key-file={PKI / 'ca.key'}",
+            "--horizontal-pod-autoscaler-downscale-stabilization=20s",  # 5 minutes are for real traffic
+            "--horizontal-pod-autoscaler-cpu-initialization-period=30s",
             f"--cluster-cidr={POD_CIDR}",
             f"--service-cluster-ip-range={SERVICE_CIDR}",
         ),
@@ -336,11 +342,14 @@ def _apply() -> None:
         )
     loaded = list(yaml.load_all(text.replace(CA_BUNDLE, pki.encoded(pki.CA)), yaml.CSafeLoader))
     kinds, everything, webhooks = phases(loaded)
-    _apply_all(kinds)
-    _wait_all("customresourcedefinition", "Established")
-    _apply_all(secrets + everything)
+    with step("  kinds"):
+        _apply_all(kinds)
+        _wait_all("customresourcedefinition", "Established")
+    with step("  everything else"):
+        _apply_all(secrets + everything)
+    with step("  deployments available"):
+        _wait_all("deployment", "Available")
     # After the servers behind them are there, or they would refuse what comes next.
-    _wait_all("deployment", "Available")
     _apply_all(webhooks)
     APPLIED.write_text(text)
 

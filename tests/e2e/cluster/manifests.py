@@ -158,6 +158,8 @@ def _knative(modules: Mapping[str, Path], images: Mapping[str, str]) -> Iterator
         "config-network": {
             "ingress-class": "gateway-api.ingress.networking.knative.dev",
             "autocreate-cluster-domain-claims": "true",
+            # Else the activator gives up on pods that a busy node answers for late, and sends all through one address.
+            "mesh-compatibility-mode": "disabled",
         },
     }
     programs = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from . import cluster as own
 from .build import image_names
-from .config import CACHE
+from .config import RUN
 from .shell import ClusterError, wait
 
 pytestmark = [
@@ -140,10 +141,10 @@ def test_cpu_is_measured_for_autoscaling(addresses: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def volume() -> Iterator[Path]:
+def volume(addresses: dict[str, str]) -> Iterator[Path]:
     """A folder that a claim named `files` is bound to."""
-    folder = CACHE / "run" / "volume"
-    folder.mkdir(parents=True)
+    folder = Path(tempfile.mkdtemp(dir=RUN))
+    folder.chmod(0o755)
     size = {"storage": "1Gi"}
     kept = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
     apply(
