@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -553,13 +553,13 @@ def _cut_positions(tensors: dict[str, Array]) -> None:
             tensors[key] = np.ascontiguousarray(tensor[: _QUICK.positions + 2])  # BART's are two rows longer
 
 
-def main() -> None:
-    """Writes a small checkpoint."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes a small checkpoint, as the arguments say (None: those of the command line)."""
     parser = argparse.ArgumentParser(description="Writes a small checkpoint with drawn weights.")
     parser.add_argument("layout", choices=["native", "original"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processor-only", action="store_true", help="without weights, as for a transformer")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     {"native": write_native, "original": write_original}[given.layout](given.folder, _QUICK, change=_cut_positions)
     if given.processor_only:
         (given.folder / "model.safetensors").unlink()

@@ -29,11 +29,19 @@ class Release:
         mode: ``Knative`` or ``Standard``.
         images: Image value of each of transformer, predictor, tools: repository and tag.
         name: Of release and InferenceService.
+        security: The Pod Security Standard that the namespace enforces.
     """
 
     def __init__(
-        self, kube: Kube, namespace: str, mode: str, images: Mapping[str, dict[str, str]], name: str = "florence2"
+        self,
+        kube: Kube,
+        namespace: str,
+        mode: str,
+        images: Mapping[str, dict[str, str]],
+        name: str = "florence2",
+        security: str = "restricted",
     ) -> None:
+        self._security = security
         self.kube, self.namespace, self.mode, self.name = kube, namespace, mode, name
         self._images = images
         self._revision = 0
@@ -50,7 +58,7 @@ class Release:
             KubeError: If helm fails or it isn't ready in time.
         """
         if self._revision == 0:
-            self.kube.make_namespace(self.namespace, {"pod-security.kubernetes.io/enforce": "restricted"})
+            self.kube.make_namespace(self.namespace, {"pod-security.kubernetes.io/enforce": self._security})
         self._revision += 1
         own = {
             "mode": self.mode,

@@ -44,7 +44,8 @@ def folder() -> Iterator[Path]:
 def namespace(kube: Kube, folder: Path) -> Iterator[str]:
     """A namespace with a claim on a volume that holds the folder."""
     kube.remove_namespace(NAMESPACE)
-    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "restricted"})
+    # Not restricted: KServe's storage initializer sets no security context of its own.
+    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "baseline"})
     size = {"storage": "1Gi"}
     volume: dict[str, Any] = {
         "apiVersion": "v1",
@@ -79,7 +80,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 def test_serves_a_checkpoint_from_a_claim(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]], questions: list[Question], folder: Path, layout: str
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name=f"f2-{layout}")
+    release = Release(kube, namespace, "Standard", images, name=f"f2-{layout}", security="baseline")
     values = {
         **STEADY,
         "model": {
@@ -100,7 +101,7 @@ def test_serves_a_checkpoint_from_a_claim(
 def test_a_wrong_path_ends_the_predictor_with_a_clear_line(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]]
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name="f2-nothing")
+    release = Release(kube, namespace, "Standard", images, name="f2-nothing", security="baseline")
     uri = f"pvc://{CLAIM}/{LAYOUTS[0]}-processor"  # a folder without weights
     release.apply({**STEADY, "model": {"source": "storage", "storageUri": uri, "processorUri": uri}}, wait=False)
     line = kube.wait("why", 120, lambda: _said(kube, release, "lacks model.safetensors"), namespace)
@@ -112,7 +113,7 @@ def test_a_wrong_path_ends_the_predictor_with_a_clear_line(
 def test_an_address_that_has_nothing_is_an_event_and_never_ready(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]]
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name="f2-nowhere")
+    release = Release(kube, namespace, "Standard", images, name="f2-nowhere", security="baseline")
     uri = "https://florence2.invalid/checkpoint.tar.gz"
     release.apply({**STEADY, "model": {"source": "storage", "storageUri": uri, "processorUri": uri}}, wait=False)
 
