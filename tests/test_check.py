@@ -99,6 +99,7 @@ def test_an_embedded_model_that_tells_no_truth_and_an_unknown_one_of_which_none_
         assert not any("the truth" in line for line in lines)
 
 
+@pytest.mark.slow  # drawn weights never end an answer by themselves
 @pytest.mark.parametrize("layout", ["native", "original"])
 def test_a_checkpoint_of_each_layout_with_a_transformer_that_has_the_processors_files_only(layout, tmp_path):
     """As on a cluster: the predictor's volume holds all of it, the transformer's the small files."""
