@@ -48,6 +48,8 @@ def test_servers_write_to_the_temporary_folder_and_the_cache_only(tmp_path, monk
         "PYTHONDONTWRITEBYTECODE": 1,
     }.items():
         monkeypatch.setenv(name, str(value))
+    # torch names it in the environment of a process that compiled, such as this one after other tests.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     logs = {command: tmp_path / f"{command}.log" for command in ("predictor", "transformer")}
     start = {command: (sys.executable, "-c", NOTING, str(log)) for command, log in logs.items()}
     with ExitStack() as stack:
