@@ -16,9 +16,11 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=cwd)
 
 
-def test_the_demo_answers_beside_the_truth_and_leaves_a_picture(tmp_path):
+def test_the_demo_answers_beside_the_truth_and_leaves_a_picture_and_nothing_running(tmp_path):
+    before = servers()
     result = run("demo", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
+    assert servers() <= before
     answers = [json.loads(line) for line in re.findall(r"^    answer (.*)$", result.stdout, re.MULTILINE)]
     truths = [json.loads(line) for line in re.findall(r"^    truth  (.*)$", result.stdout, re.MULTILINE)]
     assert [list(answer) for answer in answers] == [list(truth) for truth in truths]
@@ -28,12 +30,6 @@ def test_the_demo_answers_beside_the_truth_and_leaves_a_picture(tmp_path):
     with Image.open(tmp_path / "annotated.png") as picture:
         assert picture.width > 2 * picture.height * 0.9
     assert "toy" in result.stdout
-
-
-def test_the_demo_leaves_nothing_running(tmp_path):
-    before = servers()
-    run("demo", "--output", str(tmp_path))
-    assert servers() <= before
 
 
 def servers() -> set[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
 
+import pytest
 import requests
 
 from florence2_kserve.client import ClientError, Florence2Client, UnavailableError
@@ -76,6 +77,7 @@ def retries(transformer: LocalService) -> float:
     return metric(transformer, "florence2_transformer_predictor_retries_total")
 
 
+@pytest.mark.slow  # five servers in turn, on two cores
 def test_no_request_is_lost_when_a_predictor_is_killed_or_ends_under_load(capsys):
     port = free_port()
     with NameServer(*HOSTS) as names, ExitStack() as stack:

@@ -263,7 +263,7 @@ def test_an_empty_volume_ends_a_server_with_one_line_that_says_so(command, tmp_p
 @pytest.mark.parametrize(
     "python",
     [
-        pytest.param((sys.executable, "-c", NO_TORCH + RUN_CLI), id="torch-blocked"),
+        pytest.param((sys.executable, "-c", NO_TORCH + RUN_CLI), id="torch-blocked", marks=pytest.mark.slow),
         pytest.param(
             (str(BASE_PYTHON), "-c", RUN_CLI),
             id="base-install",
