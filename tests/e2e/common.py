@@ -52,13 +52,13 @@ def enlarged(picture: bytes, side: int = 3072) -> bytes:
         return file.getvalue()
 
 
-def run_conformance(release: Release, *, grpc: bool) -> str:
+def run_conformance(release: Release) -> str:
     """Runs tests/conformance, as it is, against the ingress, and returns its last line."""
     cluster = release.kube.cluster
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "conformance"),
         "--rest-url", cluster.ingress, "--header", f"Host: {release.host}",
-        *(["--grpc-url", cluster.ingress_address] if grpc else []),
+        *(["--grpc-url", cluster.ingress_address] if release.offers_grpc else []),
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, timeout=CONFORMANCE_S, env={**os.environ, "COLUMNS": "160"}

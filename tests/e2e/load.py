@@ -94,6 +94,11 @@ class Load:
         """Requests answered so far."""
         return self.outcome.answered
 
+    def assert_nothing_lost(self) -> None:
+        """Fails unless every request was answered in the end, and right."""
+        assert not self.outcome.failed, self.outcome.failed
+        assert not self.outcome.wrong, self.outcome
+
     def wait_for(self, more: int, seconds: float) -> None:
         """Waits until `more` further requests were answered.
 

@@ -119,6 +119,11 @@ class Release:
         return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
     @property
+    def offers_grpc(self) -> bool:
+        """Whether gRPC comes through the ingress: a Knative revision has one port, and REST has it."""
+        return self.mode == "Standard"
+
+    @property
     def host(self) -> str:
         """The name by which the ingress knows the service.
 

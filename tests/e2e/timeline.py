@@ -33,7 +33,7 @@ class Timeline:
         self._kube, self._namespace, self._mode = kube, namespace, mode
         self._notes: list[str] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -75,20 +75,24 @@ class Timeline:
             last = state
         return "\n".join(lines)
 
-    def _sample(self) -> None:
+    def _run(self) -> None:
         while not self._stop.wait(max(0.0, self._began + len(self.rows) - time.monotonic())):
-            second = int(time.monotonic() - self._began)
-            row: dict[str, Any] = {"second": second, "answered": self.load.answered if self.load else 0}
-            try:
-                for component in COMPONENTS:
-                    pods = self._kube.pods(self._namespace, component)
-                    row[f"{component}_pods"] = len(pods)
-                    row[f"{component}_ready"] = sum(map(is_ready, pods))
-                    row[f"{component}_wanted"] = self._wanted(component)
-            except ApiException as error:
-                self.note(f"the API said {error.status}")
-            row["note"], self._notes = "; ".join(self._notes), []
-            self.rows.append({column: row.get(column, "") for column in COLUMNS})
+            self._sample()
+        self._sample()  # how it ended
+
+    def _sample(self) -> None:
+        second = int(time.monotonic() - self._began)
+        row: dict[str, Any] = {"second": second, "answered": self.load.answered if self.load else 0}
+        try:
+            for component in COMPONENTS:
+                pods = self._kube.pods(self._namespace, component)
+                row[f"{component}_pods"] = len(pods)
+                row[f"{component}_ready"] = sum(map(is_ready, pods))
+                row[f"{component}_wanted"] = self._wanted(component)
+        except ApiException as error:
+            self.note(f"the API said {error.status}")
+        row["note"], self._notes = "; ".join(self._notes), []
+        self.rows.append({column: row.get(column, "") for column in COLUMNS})
 
     def _wanted(self, component: str) -> int | str:
         """What the autoscaler of a component wants now: the newest revision's PodAutoscaler, or the HPA."""

@@ -1,0 +1,163 @@
+"""The chart in both deployment modes: answers, balance, rollouts under load, scaling out and in, and no trace left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .common import assert_answers, assert_gone, assert_locked_down, enlarged, run_conformance, share_of_rows
+from .conftest import OUTPUT
+from .kube import Kube
+from .load import Load, Question
+from .release import Release
+from .timeline import Timeline
+
+KNATIVE, STANDARD = "Knative", "Standard"
+AUTOSCALING = {
+    KNATIVE: {
+        "transformer": {"minReplicas": 0, "maxReplicas": 3, "kpa": {"target": 2, "window": "10s"}},
+        "predictor": {"minReplicas": 0, "maxReplicas": 2, "kpa": {"target": 4, "window": "10s"}},
+    },
+    STANDARD: {
+        "transformer": {
+            "class": "hpa",
+            "minReplicas": 1,
+            "maxReplicas": 3,
+            "hpa": {"targetCPUUtilizationPercentage": 50},
+        },
+        "predictor": {"class": "none", "minReplicas": 2, "maxReplicas": 2},
+    },
+}
+
+
+def steady(mode: str, **settings: Any) -> dict[str, Any]:
+    """Values by which nothing scales while other things are looked at: one transformer, two predictors."""
+    by_hand = {"class": "none"} if mode == STANDARD else {}  # Knative always scales; equal bounds hold it
+    return {
+        "transformer": {"autoscaling": {**by_hand, "minReplicas": 1, "maxReplicas": 1}, "settings": settings},
+        "predictor": {"autoscaling": {**by_hand, "minReplicas": 2, "maxReplicas": 2}},
+    }
+
+
+@pytest.fixture(scope="module", params=[KNATIVE, STANDARD])
+def release(request: pytest.FixtureRequest, kube: Kube, images: dict[str, dict[str, str]]) -> Iterator[Release]:
+    """The chart, installed once for each mode."""
+    mode: str = request.param
+    namespace = f"f2-{mode.lower()}"
+    kube.remove_namespace(namespace)
+    installed = Release(kube, namespace, mode, images)
+    installed.apply(steady(mode))
+    print(f"\n{kube.kubectl('get', 'isvc,ksvc,pods', '-A')}")
+    yield installed
+    kube.remove_namespace(namespace)
+
+
+def test_answers_through_the_ingress_are_those_of_the_process(release: Release, questions: list[Question]) -> None:
+    assert_answers(release, questions)
+    if release.offers_grpc:
+        assert_answers(release, questions, grpc=True)
+
+
+def test_conformance_suite_passes_through_the_ingress(release: Release) -> None:
+    print(run_conformance(release))
+
+
+def test_helm_test_passes(release: Release, kube: Kube) -> None:
+    kube.helm("test", release.name, "-n", release.namespace, "--timeout", "2m")
+
+
+def test_pods_are_locked_down(release: Release) -> None:
+    assert_locked_down(release)
+
+
+def test_two_predictors_share_the_rows(release: Release, questions: list[Question]) -> None:
+    shares = share_of_rows(release, questions)
+    print(shares)
+    assert len(shares) == 2
+    assert all(0.4 <= share <= 0.6 for share in shares.values()), shares
+
+
+def test_nothing_is_lost_when_a_predictor_is_deleted(release: Release, kube: Kube, questions: list[Question]) -> None:
+    namespace = release.namespace
+    with Load(release.connect, questions) as load:
+        load.wait_for(10, 60)
+        victim = kube.ready_pods(namespace, "predictor")[0]
+        kube.core.delete_namespaced_pod(victim, namespace)
+        kube.wait("another predictor", 120, lambda: len(kube.ready_pods(namespace, "predictor")) == 2, namespace)
+        load.wait_for(10, 60)
+    print(load.outcome)
+    assert victim not in kube.ready_pods(namespace, "predictor")
+    load.assert_nothing_lost()
+
+
+def test_a_new_predictor_gets_its_share(release: Release, questions: list[Question]) -> None:
+    """The predictor that replaced the deleted one is found by transformers whose connections live on."""
+    shares = share_of_rows(release, questions)
+    print(shares)
+    assert all(0.4 <= share <= 0.6 for share in shares.values()), shares
+
+
+def test_upgrade_and_rollback_under_load_lose_nothing(release: Release, questions: list[Question]) -> None:
+    with Load(release.connect, questions, senders=2) as load:
+        load.wait_for(5, 60)
+        release.apply(steady(release.mode, max_rows=16))
+        load.wait_for(5, 60)
+        upgraded = str(load.outcome)
+        release.rollback()
+        load.wait_for(5, 60)
+    print(f"after the upgrade: {upgraded}; after the rollback: {load.outcome}")
+    load.assert_nothing_lost()
+
+
+def test_scales_out_and_in(release: Release, kube: Kube, questions: list[Question]) -> None:
+    release.apply({part: {"autoscaling": values} for part, values in AUTOSCALING[release.mode].items()})
+    with Timeline(kube, release.namespace, release.mode) as timeline:
+        load = (_from_zero if release.mode == KNATIVE else _by_cpu)(release, timeline, questions)
+    timeline.write(OUTPUT / f"{release.mode.lower()}-scale.csv")
+    print(f"{load.outcome}\n{timeline.changes()}")
+    load.assert_nothing_lost()
+
+
+def test_uninstall_leaves_nothing(release: Release) -> None:
+    release.uninstall()
+    assert_gone(release)
+
+
+def _from_zero(release: Release, timeline: Timeline, questions: list[Question]) -> Load:
+    """Zero, one cold request, more replicas, zero again."""
+    kube, namespace, first = release.kube, release.namespace, questions[0]
+    timeline.note("no requests")
+    kube.wait("scale to zero", 120, lambda: not kube.pods(namespace), namespace)
+    timeline.note("zero; one request")
+    began = time.monotonic()
+    with release.connect() as client:
+        assert client.infer(first.image, first.task, first.text) == first.answer
+        timeline.note(f"answered after {time.monotonic() - began:.1f} s, {client.retries_made} retries")
+    with Load(release.connect, questions, senders=10) as load:
+        timeline.load = load
+        timeline.note("10 requests in flight")
+        kube.wait("more transformers", 120, lambda: timeline.most("transformer_ready") > 1, namespace)
+        load.wait_for(20, 120)
+    timeline.note("no requests")
+    kube.wait("scale to zero again", 180, lambda: not kube.pods(namespace), namespace)
+    timeline.note("zero")
+    return load
+
+
+def _by_cpu(release: Release, timeline: Timeline, questions: list[Question]) -> Load:
+    """One transformer, more, one again; the predictors stay as they are."""
+    kube, namespace = release.kube, release.namespace
+    # Pictures as phones take them: to decode and to shrink them is what costs a transformer its CPU time.
+    large = [Question(enlarged(question.image), question.task, question.text) for question in questions]
+    with Load(release.connect, large, senders=8) as load:
+        timeline.load = load
+        timeline.note("8 requests in flight")
+        kube.wait("more transformers", 180, lambda: timeline.most("transformer_ready") > 1, namespace)
+        load.wait_for(20, 120)
+    timeline.note("no requests")
+    kube.wait("one transformer", 240, lambda: len(kube.pods(namespace, "transformer")) == 1, namespace)
+    timeline.note("one transformer")
+    return load
