@@ -34,8 +34,8 @@ OWNED_BY_THE_CHART = {
 
 # What templates count with, so that it can't be taken out of the values.
 NEEDED_BY_THE_CHART = {
-    "transformer": ["drain_seconds", "grace_period"],
-    "predictor": ["drain_seconds", "grace_period", "max_batch_size", "max_queue_size"],
+    "transformer": ["drain_seconds"],
+    "predictor": ["drain_seconds", "max_batch_size", "max_queue_size", "max_rows"],
 }
 
 

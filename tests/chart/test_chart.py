@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,15 @@ def _settings(objects: list[dict[str, Any]], part: str, monkeypatch: pytest.Monk
     return Settings()
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yields all strings in what YAML gives."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
 class TestManifests:
     def test_are_what_the_chart_renders(self) -> None:
         assert manifests.differences() == [], "run `make manifests`"
@@ -180,5 +190,6 @@ class TestManifests:
         objects = list(yaml.safe_load_all(done.stdout))
         service = one(objects, "InferenceService")
         assert service["metadata"]["namespace"] == "other"
+        assert not [text for text in _texts(service["spec"]) if "namespace=" in text], "the old one, out of reach"
         for part in FIELDS:
             assert service["spec"][part]["containers"][0]["image"] == f"registry.example.com/{part}:v7"

@@ -45,7 +45,14 @@ def test_gpu_examples_render(where: str, values: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted(set(re.findall(r"`((?:predictor|transformer|model|knative|standard|serviceAccount)\.[A-Za-z.]+)`", TEXT))),
+    sorted(
+        set(
+            re.findall(
+                r"`((?:predictor|transformer|model|knative|standard|serviceAccount|networkPolicy|podMonitor|tests)\.[A-Za-z.]+)`",
+                TEXT,
+            )
+        )
+    ),
 )
 def test_values_named_are_the_charts(name: str) -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())

@@ -55,6 +55,14 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def own_cluster(cluster: Cluster) -> Cluster:
+    """The cluster, where it is the tests' own: what changes nodes and settings of all is for that alone."""
+    if "FLORENCE2_E2E_KUBECONFIG" in os.environ:
+        pytest.skip("it changes the cluster, which isn't the tests' own")
+    return cluster
+
+
+@pytest.fixture(scope="session")
 def kube(cluster: Cluster) -> Kube:
     """Commands and questions to the cluster."""
     return Kube(cluster)

@@ -25,11 +25,10 @@ class Release:
 
     Args:
         kube: The cluster.
-        namespace: Made when the release is installed, and removed with it.
+        namespace: Made when the release is installed, and removed with it; it enforces restricted pod security.
         mode: ``Knative`` or ``Standard``.
         images: Image value of each of transformer, predictor, tools: repository and tag.
         name: Of release and InferenceService.
-        security: The Pod Security Standard that the namespace enforces.
     """
 
     def __init__(
@@ -39,9 +38,7 @@ class Release:
         mode: str,
         images: Mapping[str, dict[str, str]],
         name: str = "florence2",
-        security: str = "restricted",
     ) -> None:
-        self._security = security
         self.kube, self.namespace, self.mode, self.name = kube, namespace, mode, name
         self._images = images
         self._revision = 0
@@ -58,7 +55,7 @@ class Release:
             KubeError: If helm fails or it isn't ready in time.
         """
         if self._revision == 0:
-            self.kube.make_namespace(self.namespace, {"pod-security.kubernetes.io/enforce": self._security})
+            self.kube.make_namespace(self.namespace, {"pod-security.kubernetes.io/enforce": "restricted"})
         self._revision += 1
         own = {
             "mode": self.mode,
@@ -148,8 +145,14 @@ class Release:
             for pod in self.kube.ready_pods(self.namespace, "predictor")
         }
 
+    def transformer_retries(self) -> float:
+        """Returns how many calls the transformers that are ready have sent to a predictor again."""
+        name = "florence2_transformer_predictor_retries_total"
+        pods = self.kube.ready_pods(self.namespace, "transformer")
+        return sum(self.kube.metrics(self.namespace, pod)[name] for pod in pods)
+
     def exec(self, pod: str, program: str) -> str:
-        """Runs a Python program in a pod's container (there is no shell in it) and returns what it prints."""
+        """Runs a Python program in a pod's container and returns what it prints."""
         code = base64.b64encode(program.encode()).decode()
         return self.kube.kubectl(
             "exec", "-n", self.namespace, pod, "-c", "kserve-container", "--",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .kube import Kube
+from .kube import Cluster, Kube
 from .release import CHART, Release
 
 NAMESPACE = "f2-gpu"
@@ -40,7 +40,7 @@ def release(kube: Kube, images: dict[str, dict[str, str]]) -> Iterator[Release]:
 
 
 @pytest.fixture
-def fake_gpu(kube: Kube) -> Iterator[str]:
+def fake_gpu(own_cluster: Cluster, kube: Kube) -> Iterator[str]:
     """A node that says that it has one GPU, and carries the label; as it was again afterwards."""
     node = kube.core.list_node().items[0].metadata.name
     key, value = next(iter(SELECTOR.items()))

@@ -88,9 +88,11 @@ def test_nothing_is_lost_when_a_predictor_is_deleted(release: Release, kube: Kub
         kube.core.delete_namespaced_pod(victim, namespace)
         kube.wait("another predictor", 120, lambda: len(kube.ready_pods(namespace, "predictor")) == 2, namespace)
         load.wait_for(10, 60)
-    print(load.outcome)
+    asked_again = release.transformer_retries()
+    print(f"{load.outcome}; {asked_again:g} by the transformer")
     assert victim not in kube.ready_pods(namespace, "predictor")
     load.assert_nothing_lost()
+    assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
 
 
 def test_a_new_predictor_gets_its_share(release: Release, questions: list[Question]) -> None:

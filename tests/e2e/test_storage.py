@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +16,15 @@ from florence2_kserve.client import Florence2Client
 from florence2_kserve.local import LocalService
 from tests import shadow
 
-from .kube import Kube
+from .kube import Cluster, Kube
 from .load import Question
-from .release import Release
+from .release import ROOT, Release
 
 NAMESPACE = "f2-storage"
 CLAIM = "checkpoints"
 LAYOUTS = ("native", "original")
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
+RESTRICT = "".join(re.findall(r"^kubectl patch clusterstoragecontainer [^`]*", DEPLOY, re.MULTILINE))
 STEADY = {
     part: {"autoscaling": {"class": "none", "minReplicas": 1, "maxReplicas": 1}}
     for part in ("transformer", "predictor")
@@ -41,11 +45,10 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def namespace(kube: Kube, folder: Path) -> Iterator[str]:
+def namespace(own_cluster: Cluster, kube: Kube, folder: Path) -> Iterator[str]:
     """A namespace with a claim on a volume that holds the folder."""
     kube.remove_namespace(NAMESPACE)
-    # Not restricted: KServe's storage initializer sets no security context of its own.
-    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "baseline"})
+    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "restricted"})
     size = {"storage": "1Gi"}
     volume: dict[str, Any] = {
         "apiVersion": "v1",
@@ -66,6 +69,7 @@ def namespace(kube: Kube, folder: Path) -> Iterator[str]:
         "spec": {"accessModes": ["ReadOnlyMany"], "storageClassName": "", "resources": {"requests": size}},
     }
     kube.apply(volume, claim)
+    kube.kubectl(*shlex.split(RESTRICT)[1:])
     yield NAMESPACE
     kube.remove_namespace(NAMESPACE)
     kube.kubectl("delete", "pv", NAMESPACE, "--ignore-not-found")
@@ -80,7 +84,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 def test_serves_a_checkpoint_from_a_claim(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]], questions: list[Question], folder: Path, layout: str
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name=f"f2-{layout}", security="baseline")
+    release = Release(kube, namespace, "Standard", images, name=f"f2-{layout}")
     values = {
         **STEADY,
         "model": {
@@ -101,7 +105,7 @@ def test_serves_a_checkpoint_from_a_claim(
 def test_a_wrong_path_ends_the_predictor_with_a_clear_line(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]]
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name="f2-nothing", security="baseline")
+    release = Release(kube, namespace, "Standard", images, name="f2-nothing")
     uri = f"pvc://{CLAIM}/{LAYOUTS[0]}-processor"  # a folder without weights
     release.apply({**STEADY, "model": {"source": "storage", "storageUri": uri, "processorUri": uri}}, wait=False)
     line = kube.wait("why", 120, lambda: _said(kube, release, "lacks model.safetensors"), namespace)
@@ -113,7 +117,7 @@ def test_a_wrong_path_ends_the_predictor_with_a_clear_line(
 def test_an_address_that_has_nothing_is_an_event_and_never_ready(
     namespace: str, kube: Kube, images: dict[str, dict[str, str]]
 ) -> None:
-    release = Release(kube, namespace, "Standard", images, name="f2-nowhere", security="baseline")
+    release = Release(kube, namespace, "Standard", images, name="f2-nowhere")
     uri = "https://florence2.invalid/checkpoint.tar.gz"
     release.apply({**STEADY, "model": {"source": "storage", "storageUri": uri, "processorUri": uri}}, wait=False)
 

@@ -11,7 +11,8 @@ timeout: {{ $values.timeoutSeconds }}
 containerConcurrency: {{ $values.containerConcurrency }}
 {{- else }}
 deploymentStrategy:
-  {{- toYaml $root.Values.standard.deploymentStrategy | nindent 2 }}
+  {{- $strategy := $values.deploymentStrategy }}
+  {{- toYaml (ternary $strategy (omit $strategy "rollingUpdate") (eq $strategy.type "RollingUpdate")) | nindent 2 }}
 {{- end }}
 {{- with include "florence2.componentLabels" . | fromYaml }}
 labels:
@@ -29,7 +30,7 @@ imagePullSecrets:
 {{- if not $knative }}
 terminationGracePeriodSeconds: {{ include "florence2.terminationGracePeriodSeconds" . }}
 {{- end }}
-{{- if or (not $knative) $root.Values.knative.podSecurityContext }}
+{{- if include "florence2.podSecurity" . }}
 securityContext:
   {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
 {{- end }}
@@ -84,6 +85,13 @@ volumes:
   {{- end }}
 {{- end -}}
 
+{{/* Whether the pod's own security context is set: a claim belongs to root unless its fsGroup says otherwise. */}}
+{{- define "florence2.podSecurity" -}}
+{{- if or (not (include "florence2.knative" .root)) .root.Values.knative.podSecurityContext (index .root.Values .part).cache.existingClaim -}}
+yes
+{{- end -}}
+{{- end -}}
+
 {{- define "florence2.componentLabels" -}}
 {{- $values := index .root.Values .part -}}
 {{- $labels := merge dict $values.podLabels .root.Values.podLabels -}}
@@ -97,7 +105,7 @@ volumes:
 {{- $values := index .root.Values .part -}}
 {{- include "florence2.scalingAnnotations" . }}
 {{- if include "florence2.knative" .root }}
-serving.knative.dev/progress-deadline: {{ add $values.probes.startupSeconds 120 }}s
+serving.knative.dev/progress-deadline: {{ max 600 (add $values.probes.startupSeconds 300) }}s
 {{- with .root.Values.knative.rolloutDuration }}
 serving.knative.dev/rollout-duration: {{ . }}
 {{- end }}

@@ -2,9 +2,11 @@
 {{- define "florence2.knativeFeatures" -}}
 {{- $root := . -}}
 {{- $needed := dict -}}
-{{- if .Values.knative.podSecurityContext -}}{{- $_ := set $needed "kubernetes.podspec-securitycontext" true -}}{{- end -}}
 {{- range $part := list "transformer" "predictor" -}}
 {{- $values := index $root.Values $part -}}
+{{- if include "florence2.podSecurity" (dict "root" $root "part" $part) -}}
+{{- $_ := set $needed "kubernetes.podspec-securitycontext" true -}}
+{{- end -}}
 {{- range $field := include "florence2.scheduling" (dict "root" $root "part" $part) | fromYaml | keys -}}
 {{- $_ := set $needed (printf "kubernetes.podspec-%s" (lower $field)) true -}}
 {{- end -}}

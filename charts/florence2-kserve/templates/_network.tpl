@@ -37,9 +37,10 @@
 - ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
-{{- if eq .Values.model.source "hub" }}
+{{- $model := .Values.model }}
+{{- if or (eq $model.source "hub") (and (eq $model.source "storage") (not (hasPrefix "pvc://" $model.storageUri))) }}
 - ports:
-    - {port: 443, protocol: TCP} # the hub
+    - {port: 443, protocol: TCP} # the hub, or the object store of KServe's storage initializer
 {{- end }}
 {{- with .Values.networkPolicy.egress.extraRules }}
 {{ toYaml . }}

@@ -51,7 +51,7 @@ livenessProbe:
 
 {{/* Seconds that a pod may need for its end after SIGTERM. */}}
 {{- define "florence2.drainSeconds" -}}
-{{- $settings := (index .root.Values .part).settings -}}
+{{- $settings := include "florence2.settings" . | fromYaml -}}
 {{ add (ceil $settings.drain_seconds) $settings.grace_period }}
 {{- end -}}
 

@@ -14,8 +14,15 @@
 {{- $values := index .root.Values .part -}}
 {{- $model := .root.Values.model -}}
 {{- $derived := dict "request_timeout_seconds" $values.timeoutSeconds -}}
+{{- $_ := set $derived "grace_period" (sub $values.timeoutSeconds (ceil $values.settings.drain_seconds) | max 0) -}}
 {{- if eq .part "transformer" -}}
 {{- $_ := set $derived "predictor_request_timeout_seconds" .root.Values.predictor.timeoutSeconds -}}
+{{- range list "max_rows" "max_num_beams" }}{{/* bounds of the predictor's, refused before it is asked */}}
+{{- $bound := index $.root.Values.predictor.settings . -}}
+{{- if $bound -}}
+{{- $_ := set $derived . $bound -}}
+{{- end -}}
+{{- end -}}
 {{- else -}}
 {{- $_ := set $derived "device" (ternary "cuda" "cpu" $values.gpu.enabled) -}}
 {{- end -}}

@@ -14,6 +14,7 @@
 {{- include "florence2.validateScaling" $part -}}
 {{- include "florence2.validateTimes" $part -}}
 {{- end -}}
+{{- include "florence2.validateBounds" . -}}
 {{- include "florence2.validateConcurrency" . -}}
 {{- include "florence2.validateIngress" . -}}
 {{- end -}}
@@ -93,7 +94,23 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Knative alone enforces containerConcurrency. */}}
+{{/* What one component lets in and the other would refuse. */}}
+{{- define "florence2.validateBounds" -}}
+{{- $predictor := .Values.predictor.settings -}}
+{{- if gt (int $predictor.max_rows) (int $predictor.max_queue_size) -}}
+{{- fail (printf "predictor.settings.max_rows=%d is above max_queue_size=%d: a full request would never fit" (int $predictor.max_rows) (int $predictor.max_queue_size)) -}}
+{{- end -}}
+{{- $transformer := include "florence2.settings" (dict "root" . "part" "transformer") | fromYaml -}}
+{{- range list "max_rows" "max_num_beams" -}}
+{{- $let := index $transformer . -}}
+{{- $bound := index $predictor . -}}
+{{- if and $let $bound (gt (int $let) (int $bound)) -}}
+{{- fail (printf "transformer.settings.%s=%d is above the predictor's %d, which would refuse what the transformer lets in" . (int $let) (int $bound)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Knative alone enforces containerConcurrency; it counts calls, the queue counts rows, of which a call has one or more. */}}
 {{- define "florence2.validateConcurrency" -}}
 {{- if include "florence2.knative" . -}}
 {{- range $part := list "transformer" "predictor" -}}
