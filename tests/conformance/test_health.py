@@ -124,7 +124,13 @@ def test_a_request_without_texts_is_served_on_every_wire(wire: Wire) -> None:
 def _check_health(connection: GrpcConnection, server: Target, service: bytes) -> bytes:
     check = connection.channel.unary_unary("/grpc.health.v1.Health/Check")
     request = b"\x0a" + bytes([len(service)]) + service if service else b""
-    response: bytes = check(request, timeout=server.timeout, metadata=server.grpc_metadata())
+    try:
+        response: bytes = check(request, timeout=server.timeout, metadata=server.grpc_metadata())
+    except grpc.RpcError as error:
+        # An HTTP status comes from no gRPC server, but from a router before it: KServe's pass the V2 service alone.
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED and "status: 404" in (error.details() or ""):
+            pytest.skip("the ingress has no route to grpc.health.v1")
+        raise
     return response
 
 

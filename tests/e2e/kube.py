@@ -105,6 +105,10 @@ class Kube:
 
     def remove_namespace(self, name: str) -> None:
         """Removes a namespace with all that is in it, and waits until it is gone."""
+        # Services first: a namespace with pods in it is looked at again only after half of their grace period.
+        if self.kubectl("get", "namespace", name, "--ignore-not-found", "-o", "name"):
+            self.kubectl("delete", "isvc", "--all", "-n", name, "--timeout=60s", timeout=90)
+            self.wait("an end of the pods", 120, lambda: not self.pods(name), name)
         self.kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=120s", timeout=150)
 
     # Questions

@@ -55,7 +55,6 @@ def applied(
     release = Release(kube, NAMESPACE, "Knative" if case.startswith("knative") else "Standard", images)
     kube.wait(f"{case} ready", 240, release.is_ready, NAMESPACE)
     yield release
-    kube.kubectl("delete", "-k", str(tmp_path), "--timeout=90s", check=False)
     kube.remove_namespace(NAMESPACE)
 
 

@@ -8,27 +8,34 @@ from typing import Any
 
 import pytest
 
-from .common import assert_answers, assert_gone, assert_locked_down, enlarged, run_conformance, share_of_rows
+from .common import assert_answers, assert_gone, assert_locked_down, enlarged, kill, run_conformance, share_of_rows
 from .conftest import OUTPUT
-from .kube import Kube
+from .kube import Cluster, Kube
 from .load import Load, Question
 from .release import Release
 from .timeline import Timeline
 
 KNATIVE, STANDARD = "Knative", "Standard"
-AUTOSCALING = {
+SCALING: dict[str, dict[str, Any]] = {
     KNATIVE: {
-        "transformer": {"minReplicas": 0, "maxReplicas": 3, "kpa": {"target": 2, "window": "10s"}},
-        "predictor": {"minReplicas": 0, "maxReplicas": 2, "kpa": {"target": 4, "window": "10s"}},
+        "transformer": {
+            "autoscaling": {"minReplicas": 0, "maxReplicas": 3, "kpa": {"target": 2, "window": "10s"}},
+        },
+        "predictor": {
+            "autoscaling": {"minReplicas": 0, "maxReplicas": 2, "kpa": {"target": 4, "window": "10s"}},
+        },
     },
     STANDARD: {
         "transformer": {
-            "class": "hpa",
-            "minReplicas": 1,
-            "maxReplicas": 3,
-            "hpa": {"targetCPUUtilizationPercentage": 50},
+            "autoscaling": {
+                "class": "hpa",
+                "minReplicas": 1,
+                "maxReplicas": 3,
+                "hpa": {"targetCPUUtilizationPercentage": 50},
+            },
+            "resources": {"requests": {"cpu": "100m"}},  # an idle one takes 4m
         },
-        "predictor": {"class": "none", "minReplicas": 2, "maxReplicas": 2},
+        "predictor": {"autoscaling": {"class": "none", "minReplicas": 2, "maxReplicas": 2}},
     },
 }
 
@@ -95,10 +102,33 @@ def test_nothing_is_lost_when_a_predictor_is_deleted(release: Release, kube: Kub
     assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
 
 
-def test_a_new_predictor_gets_its_share(release: Release, questions: list[Question]) -> None:
-    """The predictor that replaced the deleted one is found by transformers whose connections live on."""
+def test_nothing_is_lost_when_a_predictor_is_killed(
+    own_cluster: Cluster, release: Release, kube: Kube, questions: list[Question]
+) -> None:
+    """As when it runs out of memory: calls that it had are asked again by the transformer."""
+    namespace, victim = release.namespace, kube.ready_pods(release.namespace, "predictor")[0]
+    before = release.transformer_retries()
+    with Load(release.connect, questions) as load:
+        load.wait_for(10, 60)
+        kill(kube.core.read_namespaced_pod(victim, namespace).metadata.uid)
+        kube.wait("its end", 30, lambda: victim not in kube.ready_pods(namespace, "predictor"), namespace)
+        kube.wait("its next start", 120, lambda: len(kube.ready_pods(namespace, "predictor")) == 2, namespace)
+        load.wait_for(10, 60)
+    asked_again = release.transformer_retries() - before
+    print(f"{load.outcome}; {asked_again:g} by the transformer")
+    load.assert_nothing_lost()
+    assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
+    assert asked_again > 0, "the kill hit no call: nothing was seen of its loss"
+
+
+def test_a_new_predictor_gets_its_share(release: Release, kube: Kube, questions: list[Question]) -> None:
+    """The predictor that replaced the deleted one is found by transformers whose connections live on, when they age."""
+    began = time.monotonic()
+    with Load(release.connect, questions):
+        kube.wait("rows for both", 90, lambda: all(release.rows_by_predictor().values()), release.namespace)
+    found = time.monotonic() - began
     shares = share_of_rows(release, questions)
-    print(shares)
+    print(f"found within {found:.0f} s; {shares}")
     assert all(0.4 <= share <= 0.6 for share in shares.values()), shares
 
 
@@ -115,7 +145,7 @@ def test_upgrade_and_rollback_under_load_lose_nothing(release: Release, question
 
 
 def test_scales_out_and_in(release: Release, kube: Kube, questions: list[Question]) -> None:
-    release.apply({part: {"autoscaling": values} for part, values in AUTOSCALING[release.mode].items()})
+    release.apply(SCALING[release.mode])
     with Timeline(kube, release.namespace, release.mode) as timeline:
         load = (_from_zero if release.mode == KNATIVE else _by_cpu)(release, timeline, questions)
     timeline.write(OUTPUT / f"{release.mode.lower()}-scale.csv")
