@@ -122,7 +122,7 @@ def test_nothing_is_lost_when_a_predictor_is_killed(
 
 
 def test_a_new_predictor_gets_its_share(release: Release, kube: Kube, questions: list[Question]) -> None:
-    """The predictor that replaced the deleted one is found by transformers whose connections live on, when they age."""
+    """The predictor that replaced the deleted one is found by transformers whose connections live on, as they age."""
     began = time.monotonic()
     with Load(release.connect, questions):
         kube.wait("rows for both", 90, lambda: all(release.rows_by_predictor().values()), release.namespace)
