@@ -247,6 +247,20 @@ class _RestServer(RESTServer):
         self._server.should_exit = True
 
 
+class _WellProbed(logging.Filter):
+    """Keeps probes and scrapes that went well out of the access log, where they would bury what clients ask."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether uvicorn's record (client, method, path, version, status) is written."""
+        match record.args:
+            case (_, _, str(path), _, 200):
+                return not path.partition("?")[0].endswith(("/ready", "/live", "/metrics"))
+        return True
+
+
+_WELL_PROBED = _WellProbed()
+
+
 class Florence2Server(ModelServer):
     """Serves one model over REST and gRPC, and leaves no request unanswered when it ends.
 
@@ -275,6 +289,7 @@ class Florence2Server(ModelServer):
         own = logging.getLogger("florence2_kserve")
         if not own.handlers:  # the SDK configures its own loggers only; a log_config_file may name ours
             own.handlers, own.level = logger.handlers, logger.level
+        logging.getLogger("uvicorn.access").addFilter(_WELL_PROBED)
         self.dataplane = TruthfulDataPlane(model_registry=self.registered_models)
         add_routes(kserve.model_server.app, self.dataplane, settings)
 

@@ -101,6 +101,22 @@ def test_a_transformer_without_predictor_is_ready_and_answers_503_with_retry_aft
             client.infer(picture(), "<CAPTION>")
 
 
+def test_probes_that_go_well_are_not_logged():
+    with LocalService("transformer", predictor_host="127.0.0.1:1", predictor_request_retries=0) as alone:
+        for path in (
+            "/v2/health/live",
+            "/v2/health/ready",
+            "/v2/models/florence2/ready",
+            "/metrics",
+            "/v2/models/florence2",
+        ):
+            assert requests.get(f"{alone.rest_url}{path}", timeout=20).status_code == 200
+        assert requests.get(f"{alone.rest_url}/v2/models/other/ready", timeout=20).status_code == 404
+        assert requests.post(infer_url(alone), json=body(), timeout=20).status_code == 503
+        asked = [line.split('"')[1].split()[1] for line in alone.log_tail(1000).splitlines() if "HTTP/1.1" in line]
+    assert asked == ["/v2/models/florence2", "/v2/models/other/ready", "/v2/models/florence2/infer"]
+
+
 def test_a_predictor_lives_but_is_not_ready_before_its_weights_are_loaded():
     with LocalService("predictor", wait=False) as predictor:
         seen = {"live": set(), "ready": set(), "grpc": set()}
