@@ -81,19 +81,20 @@ def retries(transformer: LocalService) -> float:
 def test_no_request_is_lost_when_a_predictor_is_killed_or_ends_under_load(capsys):
     port = free_port()
     with NameServer(*HOSTS) as names, ExitStack() as stack:
-        first, second = (LocalService("predictor", host=host, grpc_port=port, drain_seconds=1) for host in HOSTS)
-        again = LocalService("predictor", host=HOSTS[1], grpc_port=port)
+        flags = {"grpc_port": port, "drain_seconds": 1, "grpc_max_connection_age_seconds": 5}
+        first, second = (LocalService("predictor", host=host, **flags) for host in HOSTS)
+        again = LocalService("predictor", host=HOSTS[1], **flags)
         for service in (first, second):
             stack.enter_context(service)
         transformer = stack.enter_context(LocalService("transformer", predictor_host=names.target(port)))
         with Load(transformer.rest_url, f"grpc://{transformer.grpc_url}") as load:
-            load.go_on(100)
+            load.go_on(50)
             assert min(asked(first), asked(second)) > 20
             assert retries(transformer) == 0
 
             assert second.process is not None
             second.process.kill()
-            load.go_on(50)
+            load.go_on(20)
             killed = retries(transformer)
 
             stack.enter_context(again)
@@ -104,7 +105,7 @@ def test_no_request_is_lost_when_a_predictor_is_killed_or_ends_under_load(capsys
             first.process.send_signal(signal.SIGTERM)
             load.until(lambda: first.process is not None and first.process.poll() is not None)
             ended = retries(transformer) - before
-            load.go_on(50)
+            load.go_on(20)
     with capsys.disabled():
         print(f"\n{len(load.answers)} answers; retries: {killed:g} after a kill, {ended:g} as one ended")
     assert not load.failures

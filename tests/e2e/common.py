@@ -68,7 +68,7 @@ def run_conformance(release: Release) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def share_of_rows(release: Release, questions: list[Question], requests: int = 60) -> dict[str, float]:
+def share_of_rows(release: Release, questions: list[Question], requests: int = 30) -> dict[str, float]:
     """Asks, and returns which share of the rows each predictor pod got."""
     before = release.rows_by_predictor()
     with Load(release.connect, questions, senders=4) as load:
