@@ -104,9 +104,13 @@ def test_nothing_is_lost_when_a_predictor_is_deleted(release: Release, kube: Kub
 
 def test_a_new_predictor_gets_its_share(release: Release, kube: Kube, questions: list[Question]) -> None:
     """The predictor that replaced the deleted one is found by transformers whose connections live on, as they age."""
-    began = time.monotonic()
+    began, before = time.monotonic(), release.rows_by_predictor()
+
+    def both_asked() -> bool:
+        return all(rows > before[pod] for pod, rows in release.rows_by_predictor().items())
+
     with Load(release.connect, questions):
-        kube.wait("rows for both", 90, lambda: all(release.rows_by_predictor().values()), release.namespace)
+        kube.wait("rows for both", 90, both_asked, release.namespace)
     found = time.monotonic() - began
     shares = share_of_rows(release, questions)
     print(f"found within {found:.0f} s; {shares}")

@@ -104,12 +104,13 @@ def test_length_penalty_divides_the_score(engine):
 def test_a_captured_step_gives_the_same_answers(capture):
     rows = [
         request(index, task, num_beams=beams)
-        for index in range(3)
+        for index in range(2)
         for task in ("<CAPTION>", "<OD>")
-        for beams in (1, 3, 5)
+        for beams in (1, 3)
     ]
-    plain = InflightEngine(loaded(), processor().image, max_batch_size=5)
-    captured = InflightEngine(loaded(), processor().image, max_batch_size=5, decode_capture=capture)
+    # Small batches: each size of step is compiled by itself, which takes most of this test's time.
+    plain = InflightEngine(loaded(), processor().image, max_batch_size=3)
+    captured = InflightEngine(loaded(), processor().image, max_batch_size=3, decode_capture=capture)
     expected = tokens(answer(plain, *rows))
     assert tokens([future.result(300) for future in captured.submit(rows)]) == expected
     plain.close()
