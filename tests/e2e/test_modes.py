@@ -124,7 +124,7 @@ def test_nothing_is_lost_when_a_predictor_is_killed(
     namespace, before = release.namespace, release.transformer_retries()
     rows = release.rows_by_predictor()
     victim = max(rows, key=lambda pod: rows[pod])
-    with Load(release.connect, questions) as load:
+    with Load(release.connect, questions, senders=6) as load:
         load.wait_for(10, 60)
         kill(kube.core.read_namespaced_pod(victim, namespace).metadata.uid)
         kube.wait("its end", 30, lambda: victim not in kube.ready_pods(namespace, "predictor"), namespace)
