@@ -66,7 +66,8 @@ def test_waits_for_a_gpu_and_a_node_of_its_kind(release: Release, kube: Kube) ->
 def test_goes_where_a_gpu_appears_and_never_falls_back(release: Release, kube: Kube, fake_gpu: str) -> None:
     pod = kube.wait("its node", 60, lambda: _scheduled(kube), NAMESPACE)
     assert pod.spec.node_name == fake_gpu
-    # Time for the image, which no test before this one pulled. The node only says that it has a GPU: asked for CUDA, the predictor ends rather than serving on the CPU.
+    # The node only says that it has a GPU: asked for CUDA, the predictor ends rather than serving on the CPU.
+    # That takes as long as its image, which no test before this one pulled.
     log = kube.wait("its last words", 300, lambda: _cuda_refusal(kube, pod.metadata.name), NAMESPACE)
     print(log)
     assert not kube.ready_pods(NAMESPACE, "predictor")
