@@ -39,7 +39,7 @@ slow: $(VENV)/.installed $(BASE_VENV)/.installed
 
 # Brings up a cluster of its own, unless FLORENCE2_E2E_KUBECONFIG names one; where none can be had, it skips and says why.
 e2e: $(VENV)/.installed chart-tools
-	$(SAY) "the cluster's programs and images (a quarter of an hour the first time; kept)"
+	$(SAY) "the cluster's programs and images (20 minutes the first time; kept)"
 	@if test -n "$$FLORENCE2_E2E_KUBECONFIG" || ! $(RUN)/python -m tests.e2e.cluster why-not; then :; \
 	  else $(RUN)/python -m tests.e2e.cluster build; fi
 	$(SAY) "the images and the chart on a real cluster"
