@@ -13,6 +13,7 @@ from tests.chart.schemas import CHART
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "deploy.md").read_text()
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 COMMANDS = re.findall(r"^helm (?:install|upgrade) florence2 (?:.*\\\n)*.*$", TEXT, re.MULTILINE)
 GPU_ROWS = re.findall(r"^\| ([^|]+) \| `((?:nodeSelector|resourceName)[^|]*)` *[,;|]", TEXT, re.MULTILINE)
 
@@ -45,17 +46,10 @@ def test_gpu_examples_render(where: str, values: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted(
-        set(
-            re.findall(
-                r"`((?:predictor|transformer|model|knative|standard|serviceAccount|networkPolicy|podMonitor|tests)\.[A-Za-z.]+)`",
-                TEXT,
-            )
-        )
-    ),
+    sorted({name for name in re.findall(r"`([A-Za-z]+\.[A-Za-z.]+)`", TEXT) if name.partition(".")[0] in VALUES}),
 )
 def test_values_named_are_the_charts(name: str) -> None:
-    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    values = VALUES
     for part in name.split("."):
         assert part in values, name
         values = values[part]

@@ -99,9 +99,10 @@ class Kube:
             "apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
         )
 
-    def make_namespace(self, name: str, labels: dict[str, str] | None = None) -> None:
-        """Makes a namespace, unless there is one of that name."""
-        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels or {}}})
+    def make_namespace(self, name: str) -> None:
+        """Makes a namespace that enforces restricted pod security, unless there is one of that name."""
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 
     def remove_namespace(self, name: str) -> None:
         """Removes a namespace with all that is in it, and waits until it is gone."""

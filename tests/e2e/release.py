@@ -55,7 +55,7 @@ class Release:
             KubeError: If helm fails or it isn't ready in time.
         """
         if self._revision == 0:
-            self.kube.make_namespace(self.namespace, {"pod-security.kubernetes.io/enforce": "restricted"})
+            self.kube.make_namespace(self.namespace)
         self._revision += 1
         own = {
             "mode": self.mode,

@@ -25,7 +25,7 @@ def applied(
     """One case, by a kustomization that changes what a user would: namespace, images, and (small node) requests."""
     case = request.param
     kube.remove_namespace(NAMESPACE)
-    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "restricted"})
+    kube.make_namespace(NAMESPACE)
     base = ROOT / "manifests" / case
     names = {image["name"].rpartition("-")[2]: image["name"] for image in _images(base)}
     overlay = {

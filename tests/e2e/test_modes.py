@@ -88,18 +88,15 @@ def test_two_predictors_share_the_rows(release: Release, questions: list[Questio
 
 
 def test_nothing_is_lost_when_a_predictor_is_deleted(release: Release, kube: Kube, questions: list[Question]) -> None:
-    namespace = release.namespace
+    namespace, before = release.namespace, release.transformer_retries()
     with Load(release.connect, questions) as load:
         load.wait_for(10, 60)
         victim = kube.ready_pods(namespace, "predictor")[0]
         kube.core.delete_namespaced_pod(victim, namespace)
         kube.wait("another predictor", 120, lambda: len(kube.ready_pods(namespace, "predictor")) == 2, namespace)
         load.wait_for(10, 60)
-    asked_again = release.transformer_retries()
-    print(f"{load.outcome}; {asked_again:g} by the transformer")
     assert victim not in kube.ready_pods(namespace, "predictor")
-    load.assert_nothing_lost()
-    assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
+    _assert_unnoticed(release, load, before)
 
 
 def test_a_new_predictor_gets_its_share(release: Release, kube: Kube, questions: list[Question]) -> None:
@@ -130,11 +127,7 @@ def test_nothing_is_lost_when_a_predictor_is_killed(
         kube.wait("its end", 30, lambda: victim not in kube.ready_pods(namespace, "predictor"), namespace)
         kube.wait("its next start", 120, lambda: len(kube.ready_pods(namespace, "predictor")) == 2, namespace)
         load.wait_for(10, 60)
-    asked_again = release.transformer_retries() - before
-    print(f"{load.outcome}; {asked_again:g} by the transformer")
-    load.assert_nothing_lost()
-    assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
-    assert asked_again > 0, "the kill hit no call: nothing was seen of its loss"
+    assert _assert_unnoticed(release, load, before) > 0, "the kill hit no call: nothing was seen of its loss"
 
 
 def test_upgrade_and_rollback_under_load_lose_nothing(release: Release, questions: list[Question]) -> None:
@@ -161,6 +154,15 @@ def test_scales_out_and_in(release: Release, kube: Kube, questions: list[Questio
 def test_uninstall_leaves_nothing(release: Release) -> None:
     release.uninstall()
     assert_gone(release)
+
+
+def _assert_unnoticed(release: Release, load: Load, before: float) -> float:
+    """Fails if clients lost anything or had to ask again; returns how often the transformer did since `before`."""
+    asked_again = release.transformer_retries() - before
+    print(f"{load.outcome}; {asked_again:g} by the transformer")
+    load.assert_nothing_lost()
+    assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
+    return asked_again
 
 
 def _from_zero(release: Release, timeline: Timeline, questions: list[Question]) -> Load:

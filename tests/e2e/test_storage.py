@@ -48,7 +48,7 @@ def folder() -> Iterator[Path]:
 def namespace(own_cluster: Cluster, kube: Kube, folder: Path) -> Iterator[str]:
     """A namespace with a claim on a volume that holds the folder."""
     kube.remove_namespace(NAMESPACE)
-    kube.make_namespace(NAMESPACE, {"pod-security.kubernetes.io/enforce": "restricted"})
+    kube.make_namespace(NAMESPACE)
     size = {"storage": "1Gi"}
     volume: dict[str, Any] = {
         "apiVersion": "v1",

@@ -9,6 +9,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Bounds that both components have: the transformer refuses by them before it asks the predictor. */}}
+{{- define "florence2.sharedBounds" -}}
+max_rows max_num_beams
+{{- end -}}
+
 {{/* A component's settings: what the chart derives, under what the values say. Takes root and part; gives YAML. */}}
 {{- define "florence2.settings" -}}
 {{- $values := index .root.Values .part -}}
@@ -17,7 +22,7 @@
 {{- $_ := set $derived "grace_period" (sub $values.timeoutSeconds (ceil $values.settings.drain_seconds) | max 0) -}}
 {{- if eq .part "transformer" -}}
 {{- $_ := set $derived "predictor_request_timeout_seconds" .root.Values.predictor.timeoutSeconds -}}
-{{- range list "max_rows" "max_num_beams" }}{{/* bounds of the predictor's, refused before it is asked */}}
+{{- range splitList " " (include "florence2.sharedBounds" .) -}}
 {{- $bound := index $.root.Values.predictor.settings . -}}
 {{- if $bound -}}
 {{- $_ := set $derived . $bound -}}

@@ -101,7 +101,7 @@
 {{- fail (printf "predictor.settings.max_rows=%d is above max_queue_size=%d: a full request would never fit" (int $predictor.max_rows) (int $predictor.max_queue_size)) -}}
 {{- end -}}
 {{- $transformer := include "florence2.settings" (dict "root" . "part" "transformer") | fromYaml -}}
-{{- range list "max_rows" "max_num_beams" -}}
+{{- range splitList " " (include "florence2.sharedBounds" .) -}}
 {{- $let := index $transformer . -}}
 {{- $bound := index $predictor . -}}
 {{- if and $let $bound (gt (int $let) (int $bound)) -}}
