@@ -19,10 +19,13 @@ Where a label is expected and the text has none, the tail of the token before it
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
 
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
 
 # A text, or lists that run in parallel, such as {"bboxes": [[x1, y1, x2, y2], ...], "labels": [...]}.
 Answer: TypeAlias = str | dict[str, list[Any]]
+Scores: TypeAlias = dict[str, float | list[float]]
 Size: TypeAlias = tuple[int, int]  # width, height
+Span: TypeAlias = tuple[int, int]  # begin and end in a text
 
 BINS = 1000  # locations an axis
 POLY, END_POLY, SEP = "<poly>", "</poly>", "<sep>"
@@ -53,6 +58,7 @@ _POLYGONS_BEGIN = re.compile(f"<loc_|{POLY}")
 _INSTANCE = re.compile(f"{POLY}(.*?){END_POLY}")
 _LAST_LOCATIONS = re.compile(rf"(?:{_LOCATION})++\Z")
 _REGION = re.compile(r"(?:<loc_(?:0|[1-9][0-9]{0,2})>){4}")
+_FEWEST_COORDINATES = 6  # of a polygon with an area
 _REGION_FORMS = "<loc_…> four times, or a pixel box [x1,y1,x2,y2]"
 
 
@@ -74,7 +80,73 @@ def parse_answer(task: Task, token_ids: Sequence[int], processor: Processor, ima
         - polygons: ``polygons``, for each instance a list of polygons [x1, y1, x2, y2, …], and ``labels``;
         - boxes or polygons: ``bboxes``, ``bboxes_labels``, ``polygons``, ``polygons_labels``.
     """
-    return _PARSERS[task.answer](_decode(token_ids, processor), image_size, processor.banned_phrases)
+    text = _decode(token_ids, processor)
+    if task.answer is AnswerKind.TEXT:
+        return _without_ends(text).strip()
+    answer: dict[str, list[Any]] = {}
+    for column in _columns(task, _items(text), image_size, processor.banned_phrases):
+        answer[column.places] = [item.place for item in column.items]
+        answer[column.labels] = [item.label for item in column.items]
+    return answer
+
+
+def score_answer(
+    task: Task, token_ids: Sequence[int], token_logprobs: Sequence[float], processor: Processor, image_size: Size
+) -> Scores:
+    """Returns how sure the model was of each part of the answer that ``parse_answer`` reads.
+
+    A part's score is the geometric mean of its tokens' probabilities, exp(mean log-probability), so that
+    a long label isn't less sure for its length alone. transformers' processor gives none.
+
+    Args:
+        task: The task that was asked.
+        token_ids: T tokens, as for ``parse_answer``.
+        token_logprobs: T log-probabilities.
+        processor: The checkpoint's processor.
+        image_size: (width, height) of the image as sent, in pixels.
+
+    Returns:
+        For a text ``text``; for others, lists under the answer's own names, parallel to its lists: of a place
+        for its location tokens, of a label for its own, 1 where it is empty. All between 0 and 1.
+    """
+    tokens = _TokenText(token_ids, token_logprobs, processor)
+    if task.answer is AnswerKind.TEXT:
+        tokens.remove("<s>", "</s>")
+        return {"text": tokens.score((0, len(tokens.text)))}
+    tokens.remove("<s>", "</s>", "<pad>")
+    scores: Scores = {}
+    for column in _columns(task, tokens.text, image_size, processor.banned_phrases):
+        scores[column.places] = [tokens.score(item.place_span) for item in column.items]
+        scores[column.labels] = [tokens.score(item.label_span) for item in column.items]
+    return scores
+
+
+def mask_answer(answer: Answer, image_size: Size) -> dict[str, list[Any]]:
+    """Returns the polygons of an answer as masks, in COCO's compressed run-length code.
+
+    Args:
+        answer: As ``parse_answer`` gives it.
+        image_size: (width, height) of the image as sent, in pixels.
+
+    Returns:
+        ``masks``, for each instance of the answer's polygons ``{"size": [height, width], "counts": "…"}`` as
+        ``pycocotools.mask`` reads it, and ``labels``; empty lists where there are no polygons. A polygon without an
+        area, such as one of two points, adds nothing to its instance's mask.
+    """
+    if not isinstance(answer, dict) or "polygons" not in answer:
+        return {"masks": [], "labels": []}
+    labels = answer["polygons_labels"] if "polygons_labels" in answer else answer["labels"]
+    return {"masks": [_run_lengths(instance, image_size) for instance in answer["polygons"]], "labels": labels}
+
+
+def _run_lengths(polygons: list[list[int]], size: Size) -> dict[str, Any]:
+    from pycocotools import mask
+
+    width, height = size
+    # pycocotools takes four numbers for a box, and no polygon at all for an error.
+    areas = [polygon for polygon in polygons if len(polygon) >= _FEWEST_COORDINATES] or [[0] * _FEWEST_COORDINATES]
+    runs = mask.merge(mask.frPyObjects(areas, height, width))
+    return {"size": [height, width], "counts": runs["counts"].decode()}
 
 
 def generated_text(token_ids: Sequence[int], processor: Processor) -> str:
@@ -144,10 +216,73 @@ def _pixels_per_bin(size: Size) -> np.ndarray[Any, Any]:
 
 
 def _decode(token_ids: Sequence[int], processor: Processor) -> str:
+    return processor.tokenizer.decode(_without_padding(token_ids, processor), skip_special_tokens=False)
+
+
+def _without_padding(token_ids: Sequence[int], processor: Processor) -> list[int]:
     ids = [int(token) for token in token_ids]
     while ids and ids[-1] == processor.pad_token_id:
         ids.pop()
-    return processor.tokenizer.decode(ids, skip_special_tokens=False)
+    return ids
+
+
+class _TokenText:
+    """Generated tokens as text that knows which token each character came from.
+
+    Attributes:
+        text: As the tokenizer decodes the tokens, less what was removed.
+    """
+
+    def __init__(self, token_ids: Sequence[int], token_logprobs: Sequence[float], processor: Processor) -> None:
+        ids = _without_padding(token_ids, processor)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces: list[str] = []
+        self._begins: list[int] = []  # of each token in the text; one that only begins a character begins with it
+        length = 0
+        for id_ in ids:
+            self._begins.append(length)
+            pieces.append(decoder.decode(processor.token_bytes(id_)))
+            length += len(pieces[-1])
+        pieces.append(decoder.decode(b"", final=True))
+        self.text = "".join(pieces)
+        self._logprobs = token_logprobs
+        self._origins: Sequence[int] = range(len(self.text) + 1)  # where each character was before any was removed
+
+    def remove(self, *pieces: str) -> None:
+        """Removes each of `pieces` wherever it occurs, one after the other, as ``str.replace`` does."""
+        for piece in pieces:
+            at = self.text.find(piece)
+            if at < 0:
+                continue
+            origins: list[int] = []
+            kept: list[str] = []
+            begin = 0
+            while at >= 0:
+                kept.append(self.text[begin:at])
+                origins.extend(self._origins[begin:at])
+                begin = at + len(piece)
+                at = self.text.find(piece, begin)
+            kept.append(self.text[begin:])
+            origins.extend(self._origins[begin:])
+            self.text, self._origins = "".join(kept), origins
+
+    def score(self, span: Span) -> float:
+        """Returns the geometric mean of the probabilities of the tokens in `span`, white space at its ends aside.
+
+        Where there are none it is 1.
+        """
+        written = self.text[slice(*span)]
+        begin = span[0] + len(written) - len(written.lstrip())
+        end = begin + len(written.strip())
+        if begin >= end:
+            return 1.0
+        # The token in which the first character lies, to the one in which the last lies.
+        first = bisect_right(self._begins, self._origins[begin]) - 1
+        while first > 0 and self._begins[first - 1] == self._begins[first]:
+            first -= 1  # its bytes lie in several tokens
+        last = bisect_left(self._begins, self._origins[end - 1] + 1)
+        logprobs = [float(logprob) for logprob in self._logprobs[first:last]]
+        return math.exp(math.fsum(logprobs) / len(logprobs))
 
 
 def _without_ends(text: str) -> str:
@@ -158,8 +293,13 @@ def _items(text: str) -> str:
     return _without_ends(text).replace("<pad>", "")
 
 
-def _bins(text: str) -> list[int]:
-    return [int(bin_) for bin_ in _BIN.findall(text)]
+class _Item(NamedTuple):
+    """A place and its label, each with where it is written: begin and end in the text."""
+
+    place: list[Any]
+    label: str
+    place_span: Span
+    label_span: Span
 
 
 def _label(text: str) -> str | None:
@@ -167,88 +307,98 @@ def _label(text: str) -> str | None:
     return None if "\n" in text.lstrip() else text.strip()
 
 
-def _boxes(text: str, size: Size) -> list[list[int]]:
-    """Returns the boxes that a run of locations holds, a rest of fewer than four left out."""
-    bins = _bins(text)
-    return [_dequantize(bins[start : start + 4], size) for start in range(0, len(bins) - 3, 4)]
+def _boxes(text: str, begin: int, end: int, size: Size) -> Iterator[tuple[list[int], Span]]:
+    """Yields the boxes that a run of locations holds, a rest of fewer than four left out."""
+    bins = list(_BIN.finditer(text, begin, end))
+    for start in range(0, len(bins) - 3, 4):
+        box = bins[start : start + 4]
+        yield _dequantize([int(bin_[1]) for bin_ in box], size), (box[0].start(), box[-1].end())
 
 
-def _find_labeled_boxes(text: str, size: Size) -> Iterator[tuple[str, list[int]]]:
-    for match in _LABELED_BOXES.finditer(_items(text)):
+def _find_text(text: str, size: Size) -> Iterator[_Item]:
+    yield _Item([], text.strip(), (0, 0), (0, len(text)))
+
+
+def _find_labeled_boxes(text: str, size: Size) -> Iterator[_Item]:
+    for match in _LABELED_BOXES.finditer(text):
         label = _label(match[1])
         if label is not None:
-            yield from ((label, box) for box in _boxes(match[2], size))
+            yield from (_Item(box, label, span, match.span(1)) for box, span in _boxes(text, *match.span(2), size))
 
 
-def _find_polygons(text: str, size: Size, *, labeled: bool) -> Iterator[tuple[str, list[list[int]]]]:
-    """Yields instances: a label ("" as a rule, where none is expected) and polygons."""
-    for match in (_LABELED_POLYGONS if labeled else _POLYGONS).finditer(_items(text)):
-        # Without labels, what lies between the first location and the next counts as one.
-        item = _FIRST_LOCATION.sub("", match[0])
-        begin = _POLYGONS_BEGIN.search(item)
-        label = _label(item[: begin.start()]) if begin else None
-        if label is None:
-            continue
-        instances = _INSTANCE.findall(match[0]) if POLY in match[0] and END_POLY in match[0] else [match[0]]
-        for instance in instances:
-            runs = [_bins(run[0]) for part in instance.split(SEP) if (run := _LAST_LOCATIONS.search(part))]
-            if runs:
-                yield label, [_dequantize(run[: len(run) // 2 * 2], size) for run in runs]
+def _find_boxes(text: str, size: Size) -> Iterator[_Item]:
+    for match in _BOXES.finditer(text):
+        yield from (_Item(box, "", span, (0, 0)) for box, span in _boxes(text, *match.span(), size))
 
 
-def _columns(names: tuple[str, str], pairs: Iterator[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Returns pairs of a label and places as two lists, called `names`: places first."""
-    pairs_list = list(pairs)
-    return {names[0]: [places for _, places in pairs_list], names[1]: [label for label, _ in pairs_list]}
-
-
-def _parse_text(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    return _without_ends(text).strip()
-
-
-def _parse_quads(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    return _columns(("quad_boxes", "labels"), _find_quads(text, size))
-
-
-def _find_quads(text: str, size: Size) -> Iterator[tuple[str, list[int]]]:
-    for line in _items(text).split("\n"):
+def _find_quads(text: str, size: Size) -> Iterator[_Item]:
+    begin = 0
+    for line in text.split("\n"):
         start = 0
         while quad := _QUAD.search(line, start + 1):  # at least one character is the text
-            yield line[start : quad.start()].strip(), _dequantize(_bins(quad[0]), size)
+            place = _dequantize([int(bin_) for bin_ in _BIN.findall(quad[0])], size)
+            place_span, label_span = quad.span(), (start, quad.start())
+            yield _Item(place, line[slice(*label_span)].strip(), _moved(place_span, begin), _moved(label_span, begin))
             start = quad.end()
+        begin += len(line) + 1
 
 
-def _parse_labeled_boxes(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    return _columns(("bboxes", "labels"), _find_labeled_boxes(text, size))
+def _find_polygons(text: str, size: Size, *, labeled: bool = False) -> Iterator[_Item]:
+    """Yields instances: a label ("" as a rule, where none is expected) and polygons."""
+    for match in (_LABELED_POLYGONS if labeled else _POLYGONS).finditer(text):
+        # Without labels, what lies between the first location and the next counts as one.
+        first = _FIRST_LOCATION.match(match[0])
+        item_begin = match.start() + (first.end() if first else 0)
+        begin = _POLYGONS_BEGIN.search(text, item_begin, match.end())
+        label = _label(text[item_begin : begin.start()]) if begin else None
+        if begin is None or label is None:
+            continue
+        instances = [match.span()]
+        if POLY in match[0] and END_POLY in match[0]:
+            instances = [instance.span(1) for instance in _INSTANCE.finditer(text, *match.span())]
+        for span in instances:
+            parts = text[slice(*span)].split(SEP)
+            runs = [_bins(run[0]) for part in parts if (run := _LAST_LOCATIONS.search(part))]
+            if runs:
+                polygons = [_dequantize(run[: len(run) // 2 * 2], size) for run in runs]
+                yield _Item(polygons, label, span, (item_begin, begin.start()))
 
 
-def _parse_phrase_boxes(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    pairs = ((label, box) for label, box in _find_labeled_boxes(text, size) if label not in banned)
-    return _columns(("bboxes", "labels"), pairs)
+def _bins(text: str) -> list[int]:
+    return [int(bin_) for bin_ in _BIN.findall(text)]
 
 
-def _parse_boxes(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    pairs = (("", box) for run in _BOXES.findall(_items(text)) for box in _boxes(run, size))
-    return _columns(("bboxes", "labels"), pairs)
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
 
 
-def _parse_polygons(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    return _columns(("polygons", "labels"), _find_polygons(text, size, labeled=False))
+class _Column(NamedTuple):
+    """A pair of parallel lists of an answer, and the items in them."""
+
+    places: str
+    labels: str
+    items: list[_Item]
 
 
-def _parse_boxes_or_polygons(text: str, size: Size, banned: frozenset[str]) -> Answer:
-    is_polygons = POLY in text
-    boxes = iter(()) if is_polygons else _find_labeled_boxes(text, size)
-    polygons = _find_polygons(text, size, labeled=True) if is_polygons else iter(())
-    return _columns(("bboxes", "bboxes_labels"), boxes) | _columns(("polygons", "polygons_labels"), polygons)
-
-
-_PARSERS: dict[AnswerKind, Callable[[str, Size, frozenset[str]], Answer]] = {
-    AnswerKind.TEXT: _parse_text,
-    AnswerKind.QUADS: _parse_quads,
-    AnswerKind.LABELED_BOXES: _parse_labeled_boxes,
-    AnswerKind.PHRASE_BOXES: _parse_phrase_boxes,
-    AnswerKind.BOXES: _parse_boxes,
-    AnswerKind.POLYGONS: _parse_polygons,
-    AnswerKind.BOXES_OR_POLYGONS: _parse_boxes_or_polygons,
-}
+def _columns(task: Task, text: str, size: Size, banned: frozenset[str]) -> list[_Column]:
+    """Finds the items of an answer that has any: `text` is clean of ends and padding."""
+    match task.answer:
+        case AnswerKind.QUADS:
+            return [_Column("quad_boxes", "labels", list(_find_quads(text, size)))]
+        case AnswerKind.LABELED_BOXES:
+            return [_Column("bboxes", "labels", list(_find_labeled_boxes(text, size)))]
+        case AnswerKind.PHRASE_BOXES:
+            items = [item for item in _find_labeled_boxes(text, size) if item.label not in banned]
+            return [_Column("bboxes", "labels", items)]
+        case AnswerKind.BOXES:
+            return [_Column("bboxes", "labels", list(_find_boxes(text, size)))]
+        case AnswerKind.POLYGONS:
+            return [_Column("polygons", "labels", list(_find_polygons(text, size)))]
+        case AnswerKind.BOXES_OR_POLYGONS:
+            is_polygons = POLY in text
+            boxes = [] if is_polygons else list(_find_labeled_boxes(text, size))
+            polygons = list(_find_polygons(text, size, labeled=True)) if is_polygons else []
+            return [_Column("bboxes", "bboxes_labels", boxes), _Column("polygons", "polygons_labels", polygons)]
+        case AnswerKind.TEXT:
+            return []
+    assert_never(task.answer)

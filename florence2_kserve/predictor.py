@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
-from kserve import Model
 from kserve.logging import logger
 from kserve.protocol.infer_type import InferRequest, InferResponse
 
@@ -27,6 +26,7 @@ from florence2_kserve.engine.interface import (
     OutOfMemory,
     QueueFull,
 )
+from florence2_kserve.errors import ServiceError
 from florence2_kserve.metrics import EngineCollector, publish, withdraw
 from florence2_kserve.model_files import locate_model
 from florence2_kserve.processor import Processor
@@ -39,8 +39,9 @@ from florence2_kserve.protocol.internal import (
     read_generate_call,
     write_generate_result,
 )
-from florence2_kserve.protocol.public import Bounds
+from florence2_kserve.protocol.public import ERROR, Bounds
 from florence2_kserve.settings import Settings
+from florence2_kserve.statistics import CountedModel
 from florence2_kserve.tasks import TASKS
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ def build_engine(settings: Settings, on_fatal: OnFatal | None = None) -> tuple[E
     return engine, processor
 
 
-class Florence2Predictor(Model):
+class Florence2Predictor(CountedModel):
     """Answers the contract of ``protocol/internal.py``.
 
     It registers at once, so that liveness answers while weights load, and is healthy once a
@@ -193,22 +194,17 @@ class Florence2Predictor(Model):
         engine, processor = self._running, self._processor
         if engine is None or processor is None:
             raise errors.Unavailable("the model is still loading")
-        bounds = Bounds(self._settings.max_rows, self._settings.max_num_beams, processor.max_target_tokens)
-        call = read_generate_call(payload, (processor.image.height, processor.image.width), bounds)
-        results = await self._generate(engine, call)
-        result = GenerateResult(
-            sequences=[r.sequence for r in results],
-            scores=[r.score for r in results],
-            token_logprobs=[r.token_logprobs for r in results],
-            finish_reasons=[r.finish_reason for r in results],
-            timings={
-                "queue_us": int(max(r.queue_seconds for r in results) * 1e6),
-                "generate_us": int(max(r.generate_seconds for r in results) * 1e6),
-            },
+        bounds = Bounds(
+            self._settings.max_rows,
+            self._settings.max_num_beams,
+            self._settings.bound_new_tokens(processor.max_target_tokens),
         )
+        call = read_generate_call(payload, (processor.image.height, processor.image.width), bounds)
+        result = _to_result(await self._generate(engine, call))
         return write_generate_result(payload, result, processor.pad_token_id)
 
-    async def _generate(self, engine: Engine, call: GenerateCall) -> list[GenerationResult]:
+    async def _generate(self, engine: Engine, call: GenerateCall) -> list[GenerationResult | ServiceError]:
+        """Returns each row's answer; if the call is partial, an error where a row has none."""
         seconds = call.options.timeout_seconds(self._settings.request_timeout_seconds)
         deadline = time.monotonic() + seconds
         futures: list[Future[GenerationResult]] = []
@@ -217,20 +213,44 @@ class Florence2Predictor(Model):
                 # The engine shares features by key, so a key that came with the request is not relied on.
                 keys = await asyncio.to_thread(lambda: [image_key(image) for image in call.pixel_values])
                 futures = engine.submit(_requests(call, keys, deadline))
-                return await asyncio.gather(*map(_result, range(len(futures)), futures))
+                if not call.options.partial:
+                    return list(await asyncio.gather(*map(_result, range(len(futures)), futures)))
+            # Beyond the deadline: rows whose time is over answer that by themselves.
+            waiting = [asyncio.wrap_future(future) for future in futures]
+            await asyncio.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            return [self._outcome(row, future, seconds) for row, future in enumerate(waiting)]
         except InvalidRequest as error:
             raise errors.BadTensor(error.field, str(error), row=error.row) from None
         except QueueFull as error:
             raise errors.QueueFull(f"the queue is full: {error}") from None
         except (DeadlineExceeded, TimeoutError):
-            raise errors.DeadlineExceeded(f"no answer within {seconds:g} s") from None
+            raise _too_late(seconds) from None
         except EngineStopped as error:
-            reason = self.failure if self._fatal.done() else None
-            raise errors.Unavailable(reason or str(error)) from None
+            raise self._stopped(error) from None
         finally:
             # On a cancel or an error nobody waits for the other rows.
             for future in futures:
                 future.cancel()
+
+    def _outcome(
+        self, row: int, future: asyncio.Future[GenerationResult], seconds: float
+    ) -> GenerationResult | ServiceError:
+        """Returns what a row of a partial call has come to."""
+        if not future.done():
+            return _too_late(seconds)
+        match future.exception():
+            case None:
+                return future.result()
+            case DeadlineExceeded():
+                return _too_late(seconds)
+            case EngineStopped() as error:
+                return self._stopped(error)
+            case error:
+                return _row_error(row, error)
+
+    def _stopped(self, error: EngineStopped) -> ServiceError:
+        reason = self.failure if self._fatal.done() else None
+        return errors.Unavailable(reason or str(error))
 
 
 def image_key(pixel_values: np.ndarray[Any, Any]) -> bytes:
@@ -265,13 +285,41 @@ async def _result(row: int, future: Future[GenerationResult]) -> GenerationResul
         return await asyncio.wrap_future(future)
     except (DeadlineExceeded, EngineStopped, InvalidRequest):
         raise
-    except OutOfMemory as error:
-        raise errors.Unavailable(f"row {row}: {error}") from None
-    except NonFiniteOutput as error:
-        raise errors.RowFailed(row, str(error)) from None
     except Exception as error:
-        logger.exception("row %d failed", row)
-        raise errors.RowFailed(row, f"internal error: {type(error).__name__}") from error
+        reason = _row_error(row, error)
+        if isinstance(reason, errors.Internal):
+            raise errors.RowFailed(row, reason.details) from error
+        raise type(reason)(f"row {row}: {reason.details}") from None
+
+
+def _row_error(row: int, error: BaseException) -> ServiceError:
+    """Returns an error that is one row's alone, in words for the caller, without the row's number."""
+    if isinstance(error, OutOfMemory):
+        return errors.Unavailable(str(error))
+    if isinstance(error, NonFiniteOutput):
+        return errors.Internal(str(error))
+    logger.error("row %d failed", row, exc_info=error)
+    return errors.Internal(f"internal error: {type(error).__name__}")
+
+
+def _too_late(seconds: float) -> ServiceError:
+    return errors.DeadlineExceeded(f"no answer within {seconds:g} s")
+
+
+def _to_result(rows: list[GenerationResult | ServiceError]) -> GenerateResult:
+    answered = [row for row in rows if isinstance(row, GenerationResult)]
+    nothing = np.empty(0)
+    return GenerateResult(
+        sequences=[nothing if isinstance(row, ServiceError) else row.sequence for row in rows],
+        scores=[0.0 if isinstance(row, ServiceError) else row.score for row in rows],
+        token_logprobs=[nothing if isinstance(row, ServiceError) else row.token_logprobs for row in rows],
+        finish_reasons=[ERROR if isinstance(row, ServiceError) else row.finish_reason for row in rows],
+        timings={
+            "queue_us": int(max((row.queue_seconds for row in answered), default=0) * 1e6),
+            "generate_us": int(max((row.generate_seconds for row in answered), default=0) * 1e6),
+        },
+        errors={index: row for index, row in enumerate(rows) if isinstance(row, ServiceError)},
+    )
 
 
 def _in_daemon_thread(function: Callable[..., T], *arguments: Any) -> Future[T]:

@@ -29,6 +29,7 @@ DEFAULT_PORT, DEFAULT_TLS_PORT = 80, 443
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
 _HEALTH_TIMEOUT_S = 2.0
+_PARTIAL_MARGIN_S = 0.25
 # There is no memory for a row: that the predictor has tried. Trying again is left to the client.
 _ABOUT_A_ROW = re.compile(r"row \d+: ")
 
@@ -91,8 +92,10 @@ class PredictorClient:
             left = min(deadline - time.monotonic(), self._settings.predictor_request_timeout_seconds)
             if left <= 0:
                 raise errors.DeadlineExceeded("no answer from the predictor in time")
-            # The predictor drops the row by itself when nobody waits any more.
-            message.parameters["timeout_ms"].string_param = str(max(1, int(left * 1000)))
+            # The predictor drops the row by itself when nobody waits any more. What others have come to it must
+            # tell before that.
+            time_there = left - min(left / 10, _PARTIAL_MARGIN_S) if call.options.partial else left
+            message.parameters["timeout_ms"].string_param = str(max(1, int(time_there * 1000)))
             try:
                 answer = await infer(message, timeout=left, metadata=metadata)
                 break

@@ -173,6 +173,28 @@ class Processor:
             if id_ in self.control_tokens:
                 raise ValueError(f"the text holds the control token {self.control_tokens[id_]}, which is not allowed")
 
+    def token_bytes(self, id_: int) -> bytes:
+        """Returns what a token adds to a decoded text, in UTF-8; a character's bytes may lie in several tokens."""
+        token = self.tokenizer.id_to_token(id_) or ""
+        try:
+            return bytes(map(_BYTE_OF.__getitem__, token))
+        except KeyError:  # a token that was added, in characters that stand for themselves
+            return token.encode()
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """Returns the byte that each letter of a byte-level vocabulary stands for.
+
+    Bytes that print in Latin-1 stand for themselves, the others for letters from U+0100 on, in their order
+    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and their encoder).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_letters()
+
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = config.get(name)

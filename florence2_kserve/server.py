@@ -35,7 +35,9 @@ from florence2_kserve import __version__, errors
 from florence2_kserve.protocol.public import PLATFORM
 from florence2_kserve.protocol.rest import decode_request, encode_response
 from florence2_kserve.protocol.tensors import check_datatype
+from florence2_kserve.protocol.triton import EXTENSIONS, VERSION, check_version, model_configuration
 from florence2_kserve.settings import Settings
+from florence2_kserve.statistics import model_statistics
 
 T = TypeVar("T")
 
@@ -56,12 +58,29 @@ class TruthfulDataPlane(DataPlane):
 
     def metadata(self) -> dict[str, Any]:
         """Returns the V2 server metadata."""
-        return {"name": "florence2-kserve", "version": __version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "florence2-kserve", "version": __version__, "extensions": list(EXTENSIONS)}
 
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         """Returns the V2 metadata of a model."""
-        platform = getattr(self.get_model_from_registry(model_name), "platform", PLATFORM)
-        return await super().model_metadata(model_name) | {"platform": platform}
+        model = self.get_model_from_registry(model_name)
+        return await super().model_metadata(model_name) | {"platform": _platform(model), "versions": [VERSION]}
+
+    def model_configuration(self, model_name: str) -> dict[str, Any]:
+        """Returns the configuration of a model, as Triton's extension has it."""
+        model = self.get_model_from_registry(model_name)
+        return model_configuration(
+            model_name,
+            platform=_platform(model),
+            inputs=model.get_input_types(),
+            outputs=model.get_output_types(),
+            optional_inputs=getattr(model, "optional_inputs", ()),
+            max_batch_size=getattr(model, "max_batch_size", 0),
+        )
+
+    def statistics(self, model_name: str) -> dict[str, Any]:
+        """Returns the statistics of a model, or of all where it is "", as Triton's extension has them."""
+        names = [self.get_model_from_registry(model_name).name] if model_name else self.model_registry.get_models()
+        return {"model_stats": [model_statistics(name, VERSION) for name in names]}
 
     @property
     def failure(self) -> str | None:
@@ -143,12 +162,17 @@ class _Health(health_pb2_grpc.HealthServicer):
 
 
 class _Servicer(InferenceServicer):
-    """The SDK's servicer; it names the tensor whose data type nobody knows."""
+    """The SDK's servicer; it names the tensor whose data type nobody knows, and knows versions."""
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        check_version(request.model_name, request.model_version)
         for tensor in request.inputs:
             check_datatype(tensor.name, tensor.datatype)
         return await super().ModelInfer(request, context)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        check_version(request.name, request.version)
+        return await super().ModelReady(request, context)
 
 
 class _ClosedRepository(_Servicer):
@@ -302,6 +326,9 @@ class Florence2Server(ModelServer):
         if self._settings.workers > 1:
             logger.warning("workers=%d: one process serves; scale by replicas", self._settings.workers)
         self._register_and_check_atleast_one_model_is_ready(models)
+        for model in models:
+            if document := getattr(model, "openapi", None):
+                kserve.model_server.app.openapi = document
         asyncio.run(self._run(models))
 
     async def _run(self, models: list[Model]) -> None:
@@ -364,16 +391,58 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
             raise _not_ready(dataplane)
         return {"ready": True}
 
-    @app.get("/v2/models/{model_name}/ready", tags=["V2"])
-    async def model_ready(model_name: str) -> dict[str, Any]:
+    @app.get("/v2/models/stats", tags=["V2"])
+    async def all_statistics() -> dict[str, Any]:
+        return dataplane.statistics("")
+
+    # Triton's clients name a version where their user does.
+    for path in ("/v2/models/{model_name}", "/v2/models/{model_name}/versions/{version}"):
+        _add_model_routes(app, path, dataplane, settings)
+
+    # The SDK would read bodies of any size here, and then answer that it can't.
+    @app.post("/v1/models/{path:path}", include_in_schema=False)
+    @app.post("/v2/models/{model_name}/versions/{path:path}", include_in_schema=False)
+    async def other_protocols(path: str) -> Response:
+        raise errors.NotFound("this server answers POST /v2/models/<model>/infer")
+
+    if not settings.open_model_repository:
+
+        @app.post("/v2/repository/models/{model_name}/load", tags=["V2"])
+        @app.post("/v2/repository/models/{model_name}/unload", tags=["V2"])
+        async def closed(model_name: str) -> Response:
+            raise _repository_closed()
+
+
+def _add_model_routes(app: FastAPI, path: str, dataplane: TruthfulDataPlane, settings: Settings) -> None:
+    """Puts what one model answers under `path`, which holds ``{model_name}`` and may hold ``{version}``."""
+
+    @app.get(path, tags=["V2"])
+    async def metadata(model_name: str, version: str = "") -> dict[str, Any]:
+        check_version(model_name, version)
+        return await dataplane.model_metadata(model_name)
+
+    @app.get(f"{path}/ready", tags=["V2"])
+    async def ready(model_name: str, version: str = "") -> dict[str, Any]:
+        check_version(model_name, version)
         # The SDK's own route logs a traceback for each probe that finds the model loading.
         if not await dataplane.model_ready(model_name):
             raise _not_ready(dataplane)
         return {"name": model_name, "ready": True}
 
-    @app.post("/v2/models/{model_name}/infer", tags=["V2"])
-    async def infer(request: Request, model_name: str) -> Response:
+    @app.get(f"{path}/config", tags=["V2"])
+    async def configuration(model_name: str, version: str = "") -> dict[str, Any]:
+        check_version(model_name, version)
+        return dataplane.model_configuration(model_name)
+
+    @app.get(f"{path}/stats", tags=["V2"])
+    async def statistics(model_name: str, version: str = "") -> dict[str, Any]:
+        check_version(model_name, version)
+        return dataplane.statistics(model_name)
+
+    @app.post(f"{path}/infer", tags=["V2"])
+    async def infer(request: Request, model_name: str, version: str = "") -> Response:
         try:
+            check_version(model_name, version)
             body = await _read_body(request, settings.max_body_bytes)
             return await _until_disconnect(request, _infer(body, dict(request.headers), model_name, dataplane))
         except errors.ServiceError:
@@ -384,19 +453,6 @@ def add_routes(app: FastAPI, dataplane: TruthfulDataPlane, settings: Settings) -
             # Left to the SDK, this would answer 500 and reset the connection's next request.
             logger.exception("request failed")
             raise errors.Internal(f"internal error: {type(error).__name__}") from error
-
-    # The SDK would read bodies of any size here, and then answer that it can't.
-    @app.post("/v1/models/{path:path}", include_in_schema=False)
-    @app.post("/v2/models/{model_name}/versions/{path:path}", include_in_schema=False)
-    async def other_protocols(path: str) -> Response:
-        raise errors.NotFound("this server answers POST /v2/models/<model>/infer, without versions")
-
-    if not settings.open_model_repository:
-
-        @app.post("/v2/repository/models/{model_name}/load", tags=["V2"])
-        @app.post("/v2/repository/models/{model_name}/unload", tags=["V2"])
-        async def closed(model_name: str) -> Response:
-            raise _repository_closed()
 
 
 async def _infer(body: bytes, headers: dict[str, str], model_name: str, dataplane: DataPlane) -> Response:
@@ -461,6 +517,10 @@ async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future
         running.discard(stopping)
         for part in done - {stopping}:
             part.result()
+
+
+def _platform(model: Any) -> str:
+    return getattr(model, "platform", PLATFORM)
 
 
 def _not_ready(dataplane: TruthfulDataPlane) -> errors.Unavailable:

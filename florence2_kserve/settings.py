@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     max_image_megapixels: float = Field(64, gt=0, description="Largest decoded image, in millions of pixels.")
     # 32 pictures of 768×768 fit into a gRPC message of the default size, on their way to the predictor.
     max_rows: int = Field(32, ge=1, description="Largest number of answers (images times tasks) in one request.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Largest max_new_tokens of a request; unset: as many as the model has positions for."
+    )
     request_timeout_seconds: float = Field(600, gt=0, description="Time for a request that names no timeout_ms.")
 
     # Life cycle
@@ -167,6 +170,10 @@ class Settings(BaseSettings):
             return self.max_decode_rows
         return max(_USUAL_BEAMS * self.max_batch_size, self.max_num_beams)
 
+    def bound_new_tokens(self, positions: int) -> int:
+        """Returns the largest max_new_tokens of a request to a model that can generate `positions` tokens."""
+        return min(self.max_new_tokens or positions, positions)
+
     @property
     def feature_cache_bytes(self) -> int:
         """Bound on image features kept, in bytes."""
@@ -211,6 +218,7 @@ SERVER_FIELDS = [
     "grpc_max_receive_message_length",
     "max_body_mib",
     "max_rows",
+    "max_new_tokens",
     "request_timeout_seconds",
     "max_num_beams",
     "drain_seconds",

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from kserve import Model
 from kserve.protocol.infer_type import InferRequest, InferResponse
 
 from florence2_kserve import errors
-from florence2_kserve.answers import generated_text, parse_answer, region_text
+from florence2_kserve.answers import generated_text, mask_answer, parse_answer, region_text, score_answer
+from florence2_kserve.errors import ServiceError, from_grpc_status
 from florence2_kserve.images import ImageError, ImageTooLarge, decode_image, resize_image
 from florence2_kserve.model_files import EMBEDDED, locate_model
+from florence2_kserve.openapi import document
 from florence2_kserve.predictor_client import PredictorClient
 from florence2_kserve.processor import Processor
 from florence2_kserve.protocol.internal import GenerateCall, GenerateResult
@@ -25,7 +27,10 @@ from florence2_kserve.protocol.public import (
     EMBEDDED_PLATFORM,
     GENERATED_TEXT,
     INPUT_IMAGE,
+    MASKS,
+    OPTIONAL_INPUTS,
     PLATFORM,
+    SCORES,
     TEXT_PROMPT,
     Bounds,
     InferenceCall,
@@ -37,22 +42,53 @@ from florence2_kserve.protocol.public import (
     write_answer,
 )
 from florence2_kserve.settings import Settings
+from florence2_kserve.statistics import CountedModel
 from florence2_kserve.tasks import TaskInput
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Picture:
+    """An image as the model takes it.
+
+    Attributes:
+        pixel_values: UINT8 [H,W,3].
+        size: (width, height) as sent, in pixels.
+        key: Hash of the file.
+    """
+
+    pixel_values: np.ndarray[Any, Any]
+    size: tuple[int, int]
+    key: bytes
 
 
 @dataclass(slots=True)
 class _Work:
-    """What one request carries through preprocess, predict and postprocess."""
+    """What one request carries through preprocess, predict and postprocess.
+
+    Attributes:
+        call: The request.
+        deadline: ``time.monotonic()`` by which it has to be answered.
+        sizes: (width, height) of each image as sent, (0, 0) where it can't be read.
+        errors: By row: why it can't be answered.
+        asked: The rows that the predictor is asked about.
+        generate: What it is asked; None if there is nothing to ask.
+        timings: Microseconds by phase.
+        result: What it answered.
+    """
 
     call: InferenceCall
     deadline: float
-    generate: GenerateCall
-    image_sizes: list[tuple[int, int]]  # (width, height) as sent
+    sizes: list[tuple[int, int]]
+    errors: dict[int, ServiceError]
+    asked: list[int]
+    generate: GenerateCall | None
     timings: dict[str, int] = field(default_factory=dict)
     result: GenerateResult | None = None
 
 
-class Florence2Transformer(Model):
+class Florence2Transformer(CountedModel):
     """Answers the public contract of ``protocol/public.py`` with the help of a predictor."""
 
     def __init__(self, settings: Settings) -> None:
@@ -61,15 +97,34 @@ class Florence2Transformer(Model):
         files = locate_model(settings.model, revision=settings.model_revision, with_weights=False)
         self._processor = Processor.load(files)
         self._predictor = PredictorClient(settings, self._processor.pad_token_id)
-        self._bounds = Bounds(settings.max_rows, settings.max_num_beams, self._processor.max_target_tokens)
+        self._bounds = Bounds(
+            settings.max_rows,
+            settings.max_num_beams,
+            settings.bound_new_tokens(self._processor.max_target_tokens),
+            max_image_bytes=settings.max_image_bytes,
+        )
         # Decoded images are large: no more at once than there are processors to decode them.
-        self._preparing = asyncio.Semaphore(settings.max_asyncio_workers or os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(settings.max_asyncio_workers or os.cpu_count() or 1, "prepare")
         self.ready = True
 
     @property
     def platform(self) -> str:
         """What model metadata says of the model's kind."""
         return EMBEDDED_PLATFORM if self._settings.model == EMBEDDED else PLATFORM
+
+    @property
+    def max_batch_size(self) -> int:
+        """Largest number of images in a request."""
+        return self._settings.max_rows
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        """Inputs that a request may leave out."""
+        return OPTIONAL_INPUTS
+
+    def openapi(self) -> dict[str, Any]:
+        """Returns the OpenAPI document of the REST side."""
+        return document(self._settings)
 
     def load(self) -> bool:
         """Does nothing: all there is to load was loaded when the object was made."""
@@ -84,6 +139,7 @@ class Florence2Transformer(Model):
     async def close(self) -> None:
         """Closes the connection to the predictor."""
         await self._predictor.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """Returns the inputs for V2 metadata."""
@@ -98,21 +154,20 @@ class Florence2Transformer(Model):
         return payload
 
     async def preprocess(self, payload: Any, headers: dict[str, str] | None = None) -> Any:
-        """Reads the request, decodes and resizes its images and tokenises its prompts, in a thread.
+        """Reads the request, decodes and resizes its images and tokenises its prompts, in threads.
 
         Raises:
             BadRequest: If the request is wrong; the message names the tensor and the row.
             TooLarge: If an image is over the limits.
+            DeadlineExceeded: If its time runs out meanwhile.
         """
         if not isinstance(payload, InferRequest):
             raise errors.BadRequest("this model speaks the V2 protocol only: POST /v2/models/<model>/infer")
         started = time.monotonic()
-        nobody_waits = threading.Event()
-        try:
-            async with self._preparing:
-                work = await asyncio.to_thread(self._prepare, payload, started, nobody_waits)
-        finally:
-            nobody_waits.set()
+        call: InferenceCall = await self._in_pool(read_call, payload, self._bounds)
+        deadline = started + call.options.timeout_seconds(self._settings.request_timeout_seconds)
+        pictures = await self._read_pictures(call, deadline)
+        work: _Work = await self._in_pool(self._prepare, call, pictures, deadline)
         work.timings["preprocess_us"] = _microseconds_since(started)
         return work
 
@@ -125,6 +180,8 @@ class Florence2Transformer(Model):
             ServiceError: What the predictor said, 503 where it is away, 504 where time ran out.
         """
         work: _Work = payload
+        if work.generate is None:
+            return work
         work.result = await self._predictor.generate(
             self.name, work.generate, deadline=work.deadline, request_id=work.call.id, headers=headers or {}
         )
@@ -137,41 +194,78 @@ class Florence2Transformer(Model):
         """Turns token sequences into the answers asked for, in a thread."""
         return await asyncio.to_thread(self._finish, result)
 
-    def _prepare(self, request: InferRequest, started: float, nobody_waits: threading.Event) -> _Work:
-        call = read_call(request, self._bounds)
-        seconds = call.options.timeout_seconds(self._settings.request_timeout_seconds)
-        pixel_values, sizes = [], []
-        for row, data in enumerate(call.images):
-            if time.monotonic() >= started + seconds or nobody_waits.is_set():
-                raise errors.DeadlineExceeded(f"time ran out while images were decoded, before row {row}")
-            pixels, size = self._read_image(data, row)
-            pixel_values.append(pixels)
-            sizes.append(size)
-        generate = GenerateCall(
-            pixel_values=np.stack(pixel_values),
-            image_keys=[hashlib.blake2b(pixels.tobytes(), digest_size=16).digest() for pixels in pixel_values],
-            input_ids=[self._input_ids(row, sizes[row.image]) for row in call.rows],
-            image_index=[row.image for row in call.rows],
-            max_new_tokens=[
-                min(call.options.max_new_tokens or row.task.max_new_tokens, self._bounds.max_new_tokens)
-                for row in call.rows
-            ],
-            options=call.options.model_copy(update={"max_new_tokens": None}),
-        )
-        return _Work(call, started + seconds, generate, sizes)
+    def _in_pool(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    def _read_image(self, data: bytes, row: int) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
-        if len(data) > self._settings.max_image_bytes:
-            raise errors.TooLarge(
-                f"{INPUT_IMAGE}, row {row}: {len(data)} bytes are over the limit of {self._settings.max_image_bytes}"
-            )
+    async def _read_pictures(self, call: InferenceCall, deadline: float) -> list[_Picture | ServiceError]:
+        """Decodes and resizes a request's images side by side; the first bad one fails it, unless it is partial."""
+        reading = [self._in_pool(self._read_picture, data, row, deadline) for row, data in enumerate(call.images)]
+        pictures: list[_Picture | ServiceError] = []
+        try:
+            for future in reading:
+                try:
+                    pictures.append(await future)
+                except errors.DeadlineExceeded:
+                    raise
+                except ServiceError as error:
+                    if not call.options.partial:
+                        raise
+                    pictures.append(error)
+        finally:
+            for future in reading:  # nobody waits for the others
+                future.cancel()
+        return pictures
+
+    def _read_picture(self, data: bytes | ServiceError, row: int, deadline: float) -> _Picture:
+        if isinstance(data, ServiceError):
+            raise data
+        if time.monotonic() >= deadline:
+            raise errors.DeadlineExceeded(f"time ran out while images were decoded, before row {row}")
         try:
             image = decode_image(data, max_pixels=self._settings.max_image_pixels)
         except ImageTooLarge as error:
             raise errors.TooLarge(f"{INPUT_IMAGE}, row {row}: {error}") from None
         except ImageError as error:
             raise errors.BadTensor(INPUT_IMAGE, str(error), row=row) from None
-        return resize_image(image, self._processor.image), image.size
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        return _Picture(resize_image(image, self._processor.image), image.size, key)
+
+    def _prepare(self, call: InferenceCall, pictures: list[_Picture | ServiceError], deadline: float) -> _Work:
+        """Puts together what the predictor is asked; rows that can't be are left out of it, if the call is partial."""
+        failed: dict[int, ServiceError] = {}
+        questions: dict[int, tuple[Row, _Picture, np.ndarray[Any, Any]]] = {}
+        for index, row in enumerate(call.rows):
+            try:
+                if isinstance(row, ServiceError):
+                    raise row
+                picture = pictures[row.image]
+                if isinstance(picture, ServiceError):
+                    raise picture
+                questions[index] = row, picture, self._input_ids(row, picture.size)
+            except ServiceError as error:
+                if not call.options.partial:
+                    raise
+                failed[index] = error
+        sizes = [(0, 0) if isinstance(picture, ServiceError) else picture.size for picture in pictures]
+        generate = self._generate_call(call, list(questions.values())) if questions else None
+        return _Work(call, deadline, sizes, failed, list(questions), generate)
+
+    def _generate_call(
+        self, call: InferenceCall, questions: list[tuple[Row, _Picture, np.ndarray[Any, Any]]]
+    ) -> GenerateCall:
+        used = {row.image: picture for row, picture, _ in questions}
+        position = {image: index for index, image in enumerate(used)}
+        return GenerateCall(
+            pixel_values=np.stack([picture.pixel_values for picture in used.values()]),
+            image_keys=[picture.key for picture in used.values()],
+            input_ids=[input_ids for _, _, input_ids in questions],
+            image_index=[position[row.image] for row, _, _ in questions],
+            max_new_tokens=[
+                min(call.options.max_new_tokens or row.task.max_new_tokens, self._bounds.max_new_tokens)
+                for row, _, _ in questions
+            ],
+            options=call.options.model_copy(update={"max_new_tokens": None}),
+        )
 
     def _input_ids(self, row: Row, image_size: tuple[int, int]) -> np.ndarray[Any, Any]:
         text = row.text
@@ -193,20 +287,37 @@ class Florence2Transformer(Model):
         return input_ids
 
     def _finish(self, work: _Work) -> InferResponse:
-        assert work.result is not None
         started = time.monotonic()
-        answers = []
-        for row, sequence, score in zip(work.call.rows, work.result.sequences, work.result.scores, strict=True):
-            tokens = [int(token) for token in sequence]
-            answers.append(
-                RowAnswer(
-                    value=parse_answer(row.task, tokens, self._processor, work.image_sizes[row.image]),
-                    text=generated_text(tokens, self._processor) if GENERATED_TEXT in work.call.outputs else "",
-                    score=score,
-                )
-            )
+        answers: dict[int, RowAnswer | ServiceError] = dict(work.errors)
+        if work.result is not None:
+            for position, index in enumerate(work.asked):
+                row = work.call.rows[index]
+                assert isinstance(row, Row)
+                error = work.result.errors.get(position)
+                answers[index] = self._row_answer(work, row, position) if error is None else _about(row, error)
         work.timings["postprocess_us"] = _microseconds_since(started)
-        return write_answer(work.call, answers, work.timings)
+        return write_answer(work.call, [answers[index] for index in range(len(work.call.rows))], work.timings)
+
+    def _row_answer(self, work: _Work, row: Row, position: int) -> RowAnswer:
+        assert work.result is not None
+        tokens = work.result.sequences[position].tolist()
+        size, task, processor, outputs = work.sizes[row.image], row.task, self._processor, work.call.outputs
+        answer = RowAnswer(
+            task.name, parse_answer(task, tokens, processor, size), work.result.finish_reasons[position]
+        )
+        if GENERATED_TEXT in outputs:
+            answer.text = generated_text(tokens, processor)
+        if SCORES in outputs:
+            parts = score_answer(task, tokens, work.result.token_logprobs[position].tolist(), processor, size)
+            answer.scores = {"sequence": work.result.scores[position], **parts}
+        if MASKS in outputs:
+            answer.masks = mask_answer(answer.value, size)
+        return answer
+
+
+def _about(row: Row, error: ServiceError) -> ServiceError:
+    """Returns the predictor's error with the row as the client counts."""
+    return from_grpc_status(error.status_code, f"row {row.label}: {error.details}")
 
 
 def _microseconds_since(start: float) -> int:

@@ -17,8 +17,11 @@ and back:
 ``sequences``         INT64  [R,T]   best beam, start token kept, padded
 ``sequences_scores``  FP32   [R]     its score
 ``token_logprobs``    FP32   [R,T]   log-probability of each token, 0 where forced or padding
-``finish_reason``     BYTES  [R]     ``stop`` or ``length``
+``finish_reason``     BYTES  [R]     ``stop`` or ``length``, ``error`` where a row failed
+``error``             BYTES  [R]     why, as ``<gRPC status> <message>``; "" where it didn't
 ====================  =====  ======  ========================================================
+
+``error`` is there only if a request is ``partial`` and a row failed; otherwise one row's error is the request's.
 
 ``image_key`` is for logs and caches on the way; the predictor doesn't rely on it. Which images
 are the same, and may share features, it finds out from their pixels.
@@ -31,8 +34,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from grpc import StatusCode
 
-from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.errors import BadRequest, BadTensor, ServiceError, from_grpc_status
 from florence2_kserve.protocol.public import Bounds, GenerationOptions, read_options
 from florence2_kserve.protocol.tensors import (
     DATATYPES,
@@ -54,6 +58,7 @@ REQUEST_TENSORS = {
     "image_index": ("INT32", [-1]),
     "max_new_tokens": ("INT32", [-1]),
 }
+ERROR_TENSOR = "error"
 RESPONSE_TENSORS = {
     "sequences": ("INT64", [-1, -1]),
     "sequences_scores": ("FP32", [-1]),
@@ -101,7 +106,7 @@ class GenerateCall:
 
     def to_parameters(self) -> dict[str, str]:
         """Returns the request parameters to send; numbers as strings, since gRPC has no fractions."""
-        return {key: str(value) for key, value in self.options.model_dump(exclude_none=True).items()}
+        return {key: str(value) for key, value in self.options.model_dump(exclude_defaults=True).items()}
 
 
 @dataclass(slots=True)
@@ -112,8 +117,9 @@ class GenerateResult:
         sequences: For each row, int64 [T_r], start token kept, without padding.
         scores: For each row, the beam's score.
         token_logprobs: For each row, float32 [T_r].
-        finish_reasons: For each row, ``stop`` or ``length``.
+        finish_reasons: For each row, ``stop``, ``length`` or ``error``.
         timings: Integers by name: ``queue_us`` and ``generate_us``, in microseconds, the row's that waited longest.
+        errors: By row: why it has no answer.
     """
 
     sequences: list[np.ndarray[Any, Any]]
@@ -121,6 +127,7 @@ class GenerateResult:
     token_logprobs: list[np.ndarray[Any, Any]]
     finish_reasons: list[str]
     timings: dict[str, int] = field(default_factory=dict)
+    errors: dict[int, ServiceError] = field(default_factory=dict)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], timings: Mapping[str, Any], pad: int) -> GenerateResult:
@@ -143,6 +150,7 @@ class GenerateResult:
             token_logprobs=[row[:n] for row, n in zip(logprobs, lengths, strict=True)],
             finish_reasons=[reason.decode() for reason in tensors["finish_reason"].data],
             timings={key: value for key, value in timings.items() if isinstance(value, int)},
+            errors=_read_errors(tensors.get(ERROR_TENSOR)),
         )
 
 
@@ -198,9 +206,13 @@ def write_generate_result(request: InferRequest, result: GenerateResult, pad: in
         Tensor("token_logprobs", _padded(result.token_logprobs, length, np.float32, 0)),
         Tensor("finish_reason", bytes_array([reason.encode() for reason in result.finish_reasons])),
     ]
-    wanted = {output.name for output in request.request_outputs or []} or set(RESPONSE_TENSORS)
-    if unknown := wanted - set(RESPONSE_TENSORS):
-        raise BadRequest(f"unknown output {min(unknown)!r}; known: {', '.join(RESPONSE_TENSORS)}")
+    if result.errors:
+        lines = [_error_line(result.errors.get(row)) for row in range(len(result.sequences))]
+        tensors.append(Tensor(ERROR_TENSOR, bytes_array(lines)))
+    known = [*RESPONSE_TENSORS, ERROR_TENSOR]
+    wanted = {output.name for output in request.request_outputs or []} or set(known)
+    if unknown := wanted - set(known):
+        raise BadRequest(f"unknown output {min(unknown)!r}; known: {', '.join(known)}")
     return InferResponse(
         response_id=request.id or "",
         model_name=request.model_name,
@@ -212,6 +224,19 @@ def write_generate_result(request: InferRequest, result: GenerateResult, pad: in
 def describe(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[dict[str, Any]]:
     """Returns tensors as V2 model metadata lists them; -1 is any size."""
     return [{"name": name, "datatype": datatype, "shape": list(shape)} for name, (datatype, shape) in tensors.items()]
+
+
+def _error_line(error: ServiceError | None) -> bytes:
+    return b"" if error is None else f"{error.status_code.name} {error.details}".encode()
+
+
+def _read_errors(tensor: Tensor | None) -> dict[int, ServiceError]:
+    errors = {}
+    for row, line in enumerate([] if tensor is None else tensor.data.flat):
+        name, _, details = line.decode(errors="replace").partition(" ")
+        if name:
+            errors[row] = from_grpc_status(StatusCode.__members__.get(name, StatusCode.INTERNAL), details)
+    return errors
 
 
 def _checked_tensors(request: InferRequest) -> dict[str, Tensor]:

@@ -1,23 +1,33 @@
 """The public contract: what clients send to the transformer and what they get back.
 
 ``INPUT_IMAGE`` [B] or [B,1] and ``TASK_PROMPT`` [B], [B,1] or [B,T] make B·T rows, each one
-question about one image; ``TEXT_PROMPT``, if sent, has TASK_PROMPT's shape.
+question about one image; ``TEXT_PROMPT``, if sent, has TASK_PROMPT's shape, and so has every output.
+
+===================  ==========================================================================================
+``PARSED_JSON``      ``{"<OD>": {"bboxes": [[x1, y1, x2, y2], …], "labels": […]}}``
+``GENERATED_TEXT``   the generated tokens as text
+``SCORES``           ``{"<OD>": {"sequence": -0.2, "bboxes": [0.93, …], "labels": [0.99, …]}}``
+``MASKS``            ``{"<OD>": {"masks": [{"size": [h, w], "counts": "…"}, …], "labels": […]}}``
+``FINISH_REASON``    ``stop``, ``length`` where max_new_tokens cut the answer off, ``error``
+===================  ==========================================================================================
+
+With the parameter ``partial`` a row that can't be answered is
+``{"error": {"status": 400, "message": "INPUT_IMAGE, row 1: …"}}`` where it would be JSON, and fails no other.
 """
 
 from __future__ import annotations
 
-import base64
 import binascii
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import numpy as np
+import orjson
+import pybase64
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.errors import BadRequest, BadTensor, ServiceError, TooLarge
 from florence2_kserve.protocol.tensors import Tensor, bytes_array, from_infer_input, named_inputs, to_infer_output
 from florence2_kserve.tasks import Task, TaskInput, find_task
 
@@ -25,11 +35,19 @@ if TYPE_CHECKING:
     from kserve.protocol.infer_type import InferRequest, InferResponse
 
 INPUT_IMAGE, TASK_PROMPT, TEXT_PROMPT = "INPUT_IMAGE", "TASK_PROMPT", "TEXT_PROMPT"
-PARSED_JSON, GENERATED_TEXT, SCORES = "PARSED_JSON", "GENERATED_TEXT", "SCORES"
+PARSED_JSON, GENERATED_TEXT, SCORES, MASKS, FINISH_REASON = (
+    "PARSED_JSON",
+    "GENERATED_TEXT",
+    "SCORES",
+    "MASKS",
+    "FINISH_REASON",
+)
 REQUIRED_INPUTS = (INPUT_IMAGE, TASK_PROMPT)
-INPUTS = (INPUT_IMAGE, TASK_PROMPT, TEXT_PROMPT)
-OUTPUTS = {PARSED_JSON: "BYTES", GENERATED_TEXT: "BYTES", SCORES: "FP32"}
+OPTIONAL_INPUTS = (TEXT_PROMPT,)
+INPUTS = (*REQUIRED_INPUTS, *OPTIONAL_INPUTS)
+OUTPUTS = (PARSED_JSON, GENERATED_TEXT, SCORES, MASKS, FINISH_REASON)
 DEFAULT_OUTPUTS = (PARSED_JSON,)
+STOP, LENGTH, ERROR = "stop", "length", "error"  # finish reasons
 # The ``platform`` of model metadata, in the protocol's form <project>_<format>.
 PLATFORM, EMBEDDED_PLATFORM = "florence2_safetensors", "florence2_embedded"
 
@@ -38,10 +56,22 @@ _TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
+T = TypeVar("T")
+
+
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("has to be a number, not true or false")
     return value
+
+
+def _read_bool(value: object) -> object:
+    known = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in known:
+        return known[value.lower()]
+    raise ValueError("has to be true or false")
 
 
 _Number = BeforeValidator(_not_bool)
@@ -55,6 +85,7 @@ class GenerationOptions(BaseModel):
         num_beams: Width of the beam search; None takes the checkpoint's.
         length_penalty: Exponent of the length a finished beam's score is divided by; None takes the checkpoint's.
         timeout_ms: Milliseconds after which the answer is worthless; None takes the server's.
+        partial: Whether rows that can be answered are, where others can't.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +94,7 @@ class GenerationOptions(BaseModel):
     num_beams: Annotated[int, _Number, Field(ge=1)] | None = None
     length_penalty: Annotated[float, _Number, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
     timeout_ms: Annotated[int, _Number, Field(ge=1, le=86_400_000)] | None = None
+    partial: Annotated[bool, BeforeValidator(_read_bool)] = False
 
     def timeout_seconds(self, longest: float) -> float:
         """Returns the seconds that the request may take: its own, but no more than the server's `longest`."""
@@ -71,11 +103,19 @@ class GenerationOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one request may ask for on this server."""
+    """What one request may ask for on this server; each bound is the setting of its name.
+
+    Attributes:
+        max_rows: Answers: images times tasks.
+        max_num_beams: Beams.
+        max_new_tokens: Generated tokens.
+        max_image_bytes: Bytes of one encoded image.
+    """
 
     max_rows: int
     max_num_beams: int
     max_new_tokens: int
+    max_image_bytes: int = field(default=2**63, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +126,7 @@ class Row:
         image: Index of the image in the call.
         task: The task.
         text: Text or region that goes with it, "" where the task takes none.
-        label: How errors name the row: its index along the batch axis, and the task's where there are several.
+        label: How errors name the row: its index along the batch axis.
     """
 
     image: int
@@ -102,8 +142,8 @@ class InferenceCall:
     Attributes:
         id: Request id, echoed in the answer.
         model_name: Name of the model asked for.
-        images: B encoded images, as bytes.
-        rows: B·T questions, row-major.
+        images: B encoded images, as bytes; with ``options.partial`` an error where one isn't right.
+        rows: B·T questions, row-major, likewise.
         shape: TASK_PROMPT's shape, which the outputs take on.
         outputs: Names of the outputs asked for.
         options: Request parameters.
@@ -111,8 +151,8 @@ class InferenceCall:
 
     id: str
     model_name: str
-    images: list[bytes]
-    rows: list[Row]
+    images: list[bytes | ServiceError]
+    rows: list[Row | ServiceError]
     shape: list[int]
     outputs: tuple[str, ...]
     options: GenerationOptions
@@ -120,17 +160,23 @@ class InferenceCall:
 
 @dataclass(slots=True)
 class RowAnswer:
-    """One row's answer.
+    """One row's answer; what its request didn't ask for may be missing.
 
     Attributes:
+        task: Name of the task, the key of all that is JSON.
         value: The structured answer: a text, or a mapping of lists.
+        finish_reason: ``stop`` or ``length``.
         text: The generated tokens as text.
-        score: Log-probability of the sequence, normalised as beam search does.
+        scores: By name: ``sequence``, the log-probability that beam search ranked it by, and those of its parts.
+        masks: Run-length masks and their labels.
     """
 
+    task: str
     value: Any
-    text: str
-    score: float
+    finish_reason: str
+    text: str = ""
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
@@ -141,9 +187,12 @@ def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
         bounds: What a request may ask for here.
 
     Raises:
-        BadTensor: If a tensor is missing, misnamed, of the wrong type or shape, or one of its rows is wrong.
+        BadTensor: If a tensor is missing, misnamed, of the wrong type or shape, or one of its rows is wrong and
+            the request isn't partial.
+        TooLarge: If an image is over the limit.
         BadRequest: If a parameter or an output's name is wrong.
     """
+    options = read_options(request.parameters, bounds)
     inputs = named_inputs(request, known=INPUTS, required=REQUIRED_INPUTS)
     tensors = {name: from_infer_input(infer_input) for name, infer_input in inputs.items()}
     images = _image_column(tensors[INPUT_IMAGE])
@@ -162,58 +211,82 @@ def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
     texts = _text_column(tensors.get(TEXT_PROMPT), prompts.shape)
     tasks_per_image = prompts.size // len(images)
     rows = [
-        _row(index // tasks_per_image, prompt, texts[index] if texts else None)
+        _read(options.partial, _row, index // tasks_per_image, prompt, texts[index] if texts else None)
         for index, prompt in enumerate(prompts.flat)
     ]
     return InferenceCall(
         id=request.id or "",
         model_name=request.model_name,
-        images=[_image_bytes(value, row) for row, value in enumerate(images)],
+        images=[
+            _read(options.partial, _image_bytes, value, row, bounds.max_image_bytes)
+            for row, value in enumerate(images)
+        ],
         rows=rows,
         shape=[int(n) for n in prompts.shape],
         outputs=_requested_outputs(request),
-        options=read_options(request.parameters, bounds),
+        options=options,
     )
 
 
-def write_answer(call: InferenceCall, answers: Sequence[RowAnswer], parameters: Mapping[str, Any]) -> InferResponse:
-    """Returns the SDK's response for `call`, one answer a row, holding the outputs that were asked for.
+def write_answer(
+    call: InferenceCall, answers: Sequence[RowAnswer | ServiceError], parameters: Mapping[str, Any]
+) -> InferResponse:
+    """Returns the SDK's response for `call`, holding the outputs that were asked for.
 
     Args:
         call: The request.
-        answers: Answers in the order of its rows.
+        answers: An answer a row, or why there is none, in the order of its rows.
         parameters: Response parameters: strings, booleans or integers (gRPC has no others).
     """
     from kserve.protocol.infer_type import InferResponse
 
-    columns: dict[str, np.ndarray[Any, Any]] = {}
-    if PARSED_JSON in call.outputs:
-        columns[PARSED_JSON] = bytes_array(
-            [
-                json.dumps({row.task.name: answer.value}, ensure_ascii=False).encode()
-                for row, answer in zip(call.rows, answers, strict=True)
-            ]
-        )
-    if GENERATED_TEXT in call.outputs:
-        columns[GENERATED_TEXT] = bytes_array([answer.text.encode() for answer in answers])
-    if SCORES in call.outputs:
-        columns[SCORES] = np.array([answer.score for answer in answers], dtype=np.float32)
+    columns = {name: bytes_array([_ELEMENTS[name](answer) for answer in answers]) for name in call.outputs}
+    reasons = [_finish_reason(answer) for answer in answers]
+    counts = {"truncated_rows": reasons.count(LENGTH)}
+    if call.options.partial:
+        counts["failed_rows"] = reasons.count(ERROR)
     return InferResponse(
         response_id=call.id,
         model_name=call.model_name,
-        infer_outputs=[to_infer_output(Tensor(name, columns[name].reshape(call.shape))) for name in call.outputs],
-        parameters=dict(parameters),
+        infer_outputs=[to_infer_output(Tensor(name, column.reshape(call.shape))) for name, column in columns.items()],
+        parameters=counts | dict(parameters),
     )
 
 
+def _json_element(field_name: str) -> Callable[[RowAnswer | ServiceError], bytes]:
+    def element(answer: RowAnswer | ServiceError) -> bytes:
+        if isinstance(answer, ServiceError):
+            return orjson.dumps({"error": {"status": answer.http_status, "message": answer.details}})
+        return orjson.dumps({answer.task: getattr(answer, field_name)})
+
+    return element
+
+
+def _finish_reason(answer: RowAnswer | ServiceError) -> str:
+    return ERROR if isinstance(answer, ServiceError) else answer.finish_reason
+
+
+_ELEMENTS: Mapping[str, Callable[[RowAnswer | ServiceError], bytes]] = {
+    PARSED_JSON: _json_element("value"),
+    GENERATED_TEXT: lambda answer: b"" if isinstance(answer, ServiceError) else answer.text.encode(),
+    SCORES: _json_element("scores"),
+    MASKS: _json_element("masks"),
+    FINISH_REASON: lambda answer: _finish_reason(answer).encode(),
+}
+
+
 def describe_inputs() -> list[dict[str, Any]]:
-    """Returns the inputs as V2 model metadata lists them; -1 is any size."""
-    return [{"name": name, "datatype": "BYTES", "shape": [-1, -1]} for name in INPUTS]
+    """Returns the inputs as V2 model metadata lists them; -1 is any size.
+
+    Of TASK_PROMPT and TEXT_PROMPT it tells the usual one task an image: Triton's load generator reads the shapes
+    here, and can't go on where an axis behind the first has no size.
+    """
+    return [{"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in INPUTS]
 
 
 def describe_outputs() -> list[dict[str, Any]]:
-    """Returns the outputs as V2 model metadata lists them."""
-    return [{"name": name, "datatype": datatype, "shape": [-1, -1]} for name, datatype in OUTPUTS.items()]
+    """Returns the outputs as V2 model metadata lists them, in the same way."""
+    return [{"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in OUTPUTS]
 
 
 def decode_base64(value: bytes) -> bytes:
@@ -224,9 +297,19 @@ def decode_base64(value: bytes) -> bytes:
     """
     compact = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
-        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
+        return pybase64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(f"not valid base64: {error}") from None
+
+
+def _read(keep_error: bool, read: Callable[..., T], *arguments: Any) -> T | ServiceError:
+    """Returns what `read` returns, or the error that it raises where the others' rows go on without this one."""
+    try:
+        return read(*arguments)
+    except ServiceError as error:
+        if not keep_error:
+            raise
+        return error
 
 
 def _check_bytes(tensor: Tensor) -> None:
@@ -275,11 +358,13 @@ def _row(image: int, prompt: bytes, text: bytes | None) -> Row:
     return Row(image, task, words, image)
 
 
-def _image_bytes(value: bytes, row: int) -> bytes:
+def _image_bytes(value: bytes, row: int, max_bytes: int) -> bytes:
     if not value:
         raise BadTensor(INPUT_IMAGE, "is empty", row=row)
     if value.startswith(_IMAGE_MAGIC):
-        return value
+        return _bounded(value, row, max_bytes)
+    if len(value) > 2 * max_bytes:  # even as base64 in lines; it isn't decoded then
+        raise _too_large(row, f"{len(value)} characters of base64", max_bytes)
     text = value
     if value[:5].lower() == b"data:":
         header, comma, text = value.partition(b",")
@@ -291,7 +376,17 @@ def _image_bytes(value: bytes, row: int) -> bytes:
         raise BadTensor(INPUT_IMAGE, f"{error}, nor the bytes of an image in a known format", row=row) from None
     if not image:
         raise BadTensor(INPUT_IMAGE, "is empty", row=row)
+    return _bounded(image, row, max_bytes)
+
+
+def _bounded(image: bytes, row: int, max_bytes: int) -> bytes:
+    if len(image) > max_bytes:
+        raise _too_large(row, f"{len(image)} bytes", max_bytes)
     return image
+
+
+def _too_large(row: int, size: str, max_bytes: int) -> TooLarge:
+    return TooLarge(f"{INPUT_IMAGE}, row {row}: {size} are over the limit of {max_bytes} bytes (max_image_mib)")
 
 
 def _requested_outputs(request: InferRequest) -> tuple[str, ...]:
@@ -318,10 +413,10 @@ def read_options(parameters: Mapping[str, Any] | None, bounds: Bounds) -> Genera
         )
     except ValidationError as error:
         raise BadRequest("; ".join(_explain(problem) for problem in error.errors())) from None
-    for name, bound in (("num_beams", bounds.max_num_beams), ("max_new_tokens", bounds.max_new_tokens)):
-        value = getattr(options, name)
-        if value is not None and value > bound:
-            raise BadRequest(f"parameter {name}: {value} is over this server's bound of {bound}")
+    for name, bound in (("num_beams", "max_num_beams"), ("max_new_tokens", "max_new_tokens")):
+        value, most = getattr(options, name), getattr(bounds, bound)
+        if value is not None and value > most:
+            raise BadRequest(f"parameter {name}: {value} is over this server's bound {bound}={most}")
     return options
 
 
@@ -329,7 +424,7 @@ def _explain(problem: Any) -> str:
     name = problem["loc"][0]
     if problem["type"] == "extra_forbidden":
         return f"unknown parameter {name!r}; known: {', '.join(GenerationOptions.model_fields)}"
-    return f"parameter {name}: {problem['msg']}, got {problem['input']!r}"
+    return f"parameter {name}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
 
 
 def _shorten(text: str, length: int = 60) -> str:
