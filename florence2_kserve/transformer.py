@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ from kserve.protocol.infer_type import InferRequest, InferResponse
 
 from florence2_kserve import errors
 from florence2_kserve.answers import generated_text, mask_answer, parse_answer, region_text, score_answer
+from florence2_kserve.cpus import available_cpus
 from florence2_kserve.errors import ServiceError, from_grpc_status
-from florence2_kserve.images import ImageError, ImageTooLarge, decode_image, resize_image
+from florence2_kserve.images import ImageError, ImageTooLarge, decode_image
 from florence2_kserve.model_files import EMBEDDED, locate_model
 from florence2_kserve.openapi import document
 from florence2_kserve.predictor_client import PredictorClient
@@ -103,8 +103,9 @@ class Florence2Transformer(CountedModel):
             settings.bound_new_tokens(self._processor.max_target_tokens),
             max_image_bytes=settings.max_image_bytes,
         )
+        self._draft_for = None if settings.exact_images else self._processor.image
         # Decoded images are large: no more at once than there are processors to decode them.
-        self._pool = ThreadPoolExecutor(settings.max_asyncio_workers or os.cpu_count() or 1, "prepare")
+        self._pool = ThreadPoolExecutor(settings.max_asyncio_workers or available_cpus(), "prepare")
         self.ready = True
 
     @property
@@ -222,13 +223,13 @@ class Florence2Transformer(CountedModel):
         if time.monotonic() >= deadline:
             raise errors.DeadlineExceeded(f"time ran out while images were decoded, before row {row}")
         try:
-            image = decode_image(data, max_pixels=self._settings.max_image_pixels)
+            picture = decode_image(data, max_pixels=self._settings.max_image_pixels, draft_for=self._draft_for)
         except ImageTooLarge as error:
             raise errors.TooLarge(f"{INPUT_IMAGE}, row {row}: {error}") from None
         except ImageError as error:
             raise errors.BadTensor(INPUT_IMAGE, str(error), row=row) from None
         key = hashlib.blake2b(data, digest_size=16).digest()
-        return _Picture(resize_image(image, self._processor.image), image.size, key)
+        return _Picture(picture.resized(self._processor.image), picture.size, key)
 
     def _prepare(self, call: InferenceCall, pictures: list[_Picture | ServiceError], deadline: float) -> _Work:
         """Puts together what the predictor is asked; rows that can't be are left out of it, if the call is partial."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import time
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as mask_codec
 from tokenizers import Tokenizer
 from transformers.models.florence2.processing_florence2 import Florence2Processor
 
@@ -21,9 +24,12 @@ from florence2_kserve.answers import (
     Answer,
     _dequantize,
     _quantize,
+    _TokenText,
     generated_text,
+    mask_answer,
     parse_answer,
     region_text,
+    score_answer,
 )
 from florence2_kserve.model_files import EMBEDDED, locate_model
 from florence2_kserve.processor import Processor
@@ -513,3 +519,115 @@ def test_regions_of_random_boxes_equal_those_of_transformers(pair: tuple[Process
         (x1, x2), (y1, y2) = (sorted(chance.uniform(0, side) for _ in "12") for side in size)
         bins = pair[1].post_processor.quantize(torch.tensor([[x1, y1, x2, y2]]), (width, height))[0].tolist()
         assert region_text(json.dumps([x1, y1, x2, y2]), size) == "".join(f"<loc_{bin_}>" for bin_ in bins)
+
+
+def test_scores_are_read_from_the_tokens_of_each_part(pair):
+    """Hand-made: of every token's log-probability one knows which part it belongs to."""
+    processor, _ = pair
+    label, box, other = _ids(processor, " a dog"), _locations(processor, 1, 2, 3, 4), _ids(processor, "cat")
+    second, third = _locations(processor, 5, 6, 7, 8), _locations(processor, 9, 10, 11, 12)
+    parts = [
+        ([START, BOS], 0.0),
+        (label, -1.0),
+        (box, -2.0),
+        (second, -3.0),
+        (other, -4.0),
+        (third, -5.0),
+        ([EOS], -9.0),
+    ]
+    ids = [id_ for part, _ in parts for id_ in part]
+    logprobs = [logprob for part, logprob in parts for _ in part]
+    answer = parse_answer(TASKS["<OD>"], ids, processor, (1000, 1000))
+    assert answer["labels"] == ["a dog", "a dog", "cat"]
+    scores = score_answer(TASKS["<OD>"], [*ids, PAD, PAD], [*logprobs, 0.0, 0.0], processor, (1000, 1000))
+    assert scores == {
+        "bboxes": pytest.approx([math.exp(-2), math.exp(-3), math.exp(-5)]),
+        "labels": pytest.approx([math.exp(-1), math.exp(-1), math.exp(-4)]),
+    }
+
+
+def test_a_score_is_the_geometric_mean_over_its_tokens(pair):
+    processor, _ = pair
+    words = _ids(processor, "a red dog and a blue cat")
+    logprobs = [-(n + 1.0) for n in range(len(words))]
+    scores = score_answer(TASKS["<CAPTION>"], [BOS, *words, EOS], [0.0, *logprobs, -50.0], processor, (10, 10))
+    assert scores == {"text": pytest.approx(math.exp(sum(logprobs) / len(words)))}
+
+
+def test_what_has_no_tokens_has_the_score_one(pair):
+    processor, _ = pair
+    assert score_answer(TASKS["<OCR>"], [BOS, EOS], [0.0, -1.0], processor, (9, 9)) == {"text": 1.0}
+    boxes = _locations(processor, *range(8))
+    scores = score_answer(TASKS["<REGION_PROPOSAL>"], boxes, [-1.0] * 8, processor, (9, 9))
+    assert scores == {"bboxes": pytest.approx([math.exp(-1)] * 2), "labels": [1.0, 1.0]}
+
+
+def test_scores_run_parallel_to_every_answer_whatever_was_generated(pair):
+    """Over random strings; and the text that they are found in is the tokenizer's own, character for character."""
+    processor, _ = pair
+    writer = Writer(processor.tokenizer, random.Random(7))
+    split = 0
+    for task in TASKS.values():
+        for _ in range(300):
+            ids = writer.write(task.answer)
+            logprobs = [-writer.random.random() for _ in ids]
+            without_padding = list(ids)
+            while without_padding and without_padding[-1] == PAD:
+                without_padding.pop()
+            text = processor.tokenizer.decode(without_padding, skip_special_tokens=False)
+            assert _TokenText(ids, logprobs, processor).text == text
+            split += not writer.partial.isdisjoint(ids)
+            answer = parse_answer(task, ids, processor, (640, 480))
+            scores = score_answer(task, ids, logprobs, processor, (640, 480))
+            if isinstance(answer, str):
+                assert list(scores) == ["text"]
+            else:
+                assert {name: len(column) for name, column in scores.items()} == {
+                    name: len(column) for name, column in answer.items()
+                }
+            for values in scores.values():
+                assert all(math.exp(-1) <= value <= 1 for value in (values if isinstance(values, list) else [values]))
+    assert split > 100
+
+
+@pytest.mark.parametrize("task", ["<REFERRING_EXPRESSION_SEGMENTATION>", "<OPEN_VOCABULARY_DETECTION>"])
+def test_masks_cover_what_polygons_enclose(pair, task):
+    processor, _ = pair
+    size = (100, 50)
+    label = [] if task.startswith("<REF") else _ids(processor, "dog")
+    begin, end, sep = (processor.tokenizer.token_to_id(token) for token in ("<poly>", "</poly>", "<sep>"))
+    square = _locations(processor, 100, 200, 500, 200, 500, 600, 100, 600)
+    corner = _locations(processor, 800, 0, 999, 0, 999, 300)
+    answer = parse_answer(TASKS[task], [*label, begin, *square, sep, *corner, end], processor, size)
+    masks = mask_answer(answer, size)
+    assert masks["labels"] == [answer.get("polygons_labels", answer.get("labels"))[0]]
+    (runs,) = masks["masks"]
+    decoded = mask_codec.decode(runs)
+    assert decoded.shape == (50, 100)
+    drawn = Image.new("1", size)
+    for polygon in answer["polygons"][0]:
+        ImageDraw.Draw(drawn).polygon(polygon, fill=1)
+    differing = np.asarray(drawn).astype(bool) ^ decoded.astype(bool)
+    assert decoded.sum() > 800
+    assert differing.sum() < 0.15 * decoded.sum()  # the outlines: Pillow draws them, COCO's code halves their pixels
+
+
+@pytest.mark.parametrize("polygons", [[[5, 5]], [[1, 1, 9, 9]], [[]], [[0] * 6]])
+def test_a_polygon_without_area_is_an_empty_mask(polygons):
+    masks = mask_answer({"polygons": [polygons], "labels": [""]}, (20, 10))
+    assert mask_codec.decode(masks["masks"][0]).tolist() == np.zeros((10, 20)).tolist()
+
+
+@pytest.mark.parametrize(
+    "answer", ["a dog", {"bboxes": [[1, 2, 3, 4]], "labels": ["a"]}, {"polygons": [], "labels": []}]
+)
+def test_answers_without_polygons_have_no_masks(answer):
+    assert mask_answer(answer, (20, 10)) == {"masks": [], "labels": []}
+
+
+def _ids(processor: Processor, text: str) -> list[int]:
+    return processor.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _locations(processor: Processor, *bins: int) -> list[int]:
+    return [processor.tokenizer.token_to_id(f"<loc_{bin_}>") for bin_ in bins]

@@ -114,6 +114,7 @@ def call(
     keys: list[bytes] | None = None,
     max_new_tokens: int = 10,
     timeout_ms: int | None = None,
+    partial: bool = False,
 ) -> GenerateCall:
     pixels = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8) if images is None else images
     return GenerateCall(
@@ -122,7 +123,7 @@ def call(
         input_ids=[np.array([0, 5, 2])] * rows,
         image_index=[row % len(pixels) for row in range(rows)],
         max_new_tokens=[max_new_tokens + row for row in range(rows)],
-        options=GenerationOptions(timeout_ms=timeout_ms),
+        options=GenerationOptions(timeout_ms=timeout_ms, partial=partial),
     )
 
 
@@ -180,6 +181,62 @@ def test_a_rows_error_is_reported_and_drops_the_requests_other_rows(error, expec
             return [future.cancelled() for future in running.engine.futures]
 
     assert asyncio.run(ask()) == [True, False, True]
+
+
+def outputs(response: InferResponse) -> dict[str, list[Any]]:
+    return {output.name: output.data.tolist() for output in response.outputs}
+
+
+def test_rows_of_a_partial_call_fail_alone():
+    """Of four rows one has no room, one gives NaN, one takes too long, and one is answered all the same."""
+    by_limit = {
+        10: interface.OutOfMemory("no room for it"),
+        11: interface.NonFiniteOutput("the model gave NaN"),
+        12: None,
+        13: RESULT,
+        14: ZeroDivisionError("secret"),
+        15: EngineStopped("the engine is closed"),
+        16: interface.DeadlineExceeded("late"),
+    }
+
+    async def ask() -> tuple[InferResponse, list[bool]]:
+        async with Running(lambda request: by_limit[request.max_new_tokens]) as running:
+            response = await running.ask(call(rows=len(by_limit), partial=True, timeout_ms=200))
+            return response, [future.cancelled() for future in running.engine.futures]
+
+    response, cancelled = asyncio.run(ask())
+    columns = outputs(response)
+    assert columns["error"] == [
+        b"UNAVAILABLE no room for it",
+        b"INTERNAL the model gave NaN",
+        b"DEADLINE_EXCEEDED no answer within 0.2 s",
+        b"",
+        b"INTERNAL internal error: ZeroDivisionError",
+        b"UNAVAILABLE the engine is closed",
+        b"DEADLINE_EXCEEDED no answer within 0.2 s",
+    ]
+    assert columns["finish_reason"] == [b"error"] * 3 + [b"stop"] + [b"error"] * 3
+    assert columns["sequences"][3] == RESULT.sequence.tolist()
+    assert cancelled == [False, False, True, False, False, False, False]
+    assert response.parameters == {"queue_us": 250_000, "generate_us": 500_000}
+
+
+def test_a_partial_call_without_a_failure_is_answered_as_any():
+    async def ask(partial: bool) -> InferResponse:
+        async with Running() as running:
+            return await running.ask(call(rows=2, partial=partial))
+
+    assert outputs(asyncio.run(ask(True))) == outputs(asyncio.run(ask(False)))
+
+
+def test_a_partial_call_may_fail_in_all_its_rows():
+    async def ask() -> InferResponse:
+        async with Running(lambda request: interface.OutOfMemory("no room")) as running:
+            return await running.ask(call(rows=2, partial=True))
+
+    columns = outputs(asyncio.run(ask()))
+    assert columns["error"] == [b"UNAVAILABLE no room"] * 2
+    assert columns["sequences"] == [[], []]
 
 
 def test_what_a_row_may_say_has_the_right_status():

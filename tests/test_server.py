@@ -229,7 +229,7 @@ def test_a_full_queue_is_429_with_retry_after_and_others_are_answered():
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models/florence2:predict", "/v1/models/florence2:explain", "/v2/models/florence2/versions/1/infer"]
+    "path", ["/v1/models/florence2:predict", "/v1/models/florence2:explain", "/v2/models/florence2/versions/1/explain"]
 )
 def test_other_protocols_are_refused_unread(service, path):
     response = requests.post(service.rest_url + path, data=b"{", timeout=20)

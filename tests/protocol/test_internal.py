@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.infer_type import InferRequest
 
-from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.errors import BadRequest, BadTensor, Internal, Unavailable
 from florence2_kserve.protocol import wire
 from florence2_kserve.protocol.internal import (
     GenerateCall,
@@ -78,6 +79,33 @@ def test_wrong_calls_name_the_tensor_and_the_row(name, data, says):
 def test_a_missing_tensor_is_named():
     with pytest.raises(BadTensor, match="max_new_tokens: required input is missing"):
         read_generate_call(sent(call().to_tensors()[:-1]), SIZE, BOUNDS)
+
+
+def test_errors_of_rows_survive_the_wire():
+    nothing = np.empty(0)
+    result = GenerateResult(
+        sequences=[nothing, np.array([2, 0, 2]), nothing],
+        scores=[0.0, -1.25, 0.0],
+        token_logprobs=[nothing, np.array([0, 0, -4], np.float32), nothing],
+        finish_reasons=["error", "stop", "error"],
+        errors={0: Unavailable("no room für it"), 2: Internal("")},
+    )
+    response = write_generate_result(sent(call().to_tensors()), result, pad=1).to_grpc()
+    message = wire.MESSAGES["ModelInferResponse"].FromString(response.SerializeToString())
+    read = GenerateResult.from_tensors(wire.response_tensors(message), wire.response_parameters(message), pad=1)
+    assert {row: (type(error), error.details) for row, error in read.errors.items()} == {
+        0: (Unavailable, "no room für it"),
+        2: (Internal, ""),
+    }
+    assert read.sequences[1].tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize("options", [GenerationOptions(), GenerationOptions(partial=True, num_beams=1)])
+def test_options_survive_the_wire(options):
+    """What is left as it is isn't sent: a predictor of an older version wouldn't know it."""
+    ours = dataclasses.replace(call(), options=options)
+    assert ("partial" in ours.to_parameters()) is options.partial
+    assert read_generate_call(sent(ours.to_tensors(), ours.to_parameters()), SIZE, BOUNDS).options == options
 
 
 def test_a_result_survives_the_wire_with_pads_inside_a_sequence():

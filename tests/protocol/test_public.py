@@ -8,14 +8,16 @@ import pytest
 from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 from kserve.protocol.infer_type import InferInput, InferRequest, RequestedOutput
 
-from florence2_kserve.errors import BadRequest, BadTensor
+from florence2_kserve.errors import BadRequest, BadTensor, TooLarge
 from florence2_kserve.protocol import wire
 from florence2_kserve.protocol.public import (
     Bounds,
     GenerationOptions,
+    Row,
     RowAnswer,
     decode_base64,
     read_call,
+    read_options,
     write_answer,
 )
 from florence2_kserve.protocol.tensors import Tensor, bytes_array
@@ -116,8 +118,11 @@ def test_an_image_comes_as_base64_or_as_it_is(value):
         ),
         ({"texts": ["", ""]}, r"TEXT_PROMPT: expected TASK_PROMPT's shape \[1\], got \[2\]"),
         ({"outputs": ["NOPE"]}, "unknown output 'NOPE'; known: PARSED_JSON"),
-        ({"parameters": {"num_beams": 5}}, "parameter num_beams: 5 is over this server's bound of 4"),
-        ({"parameters": {"max_new_tokens": 101}}, "parameter max_new_tokens: 101 is over this server's bound of 100"),
+        ({"parameters": {"num_beams": 5}}, "parameter num_beams: 5 is over this server's bound max_num_beams=4"),
+        (
+            {"parameters": {"max_new_tokens": 101}},
+            "parameter max_new_tokens: 101 is over this server's bound max_new_tokens=100",
+        ),
         ({"parameters": {"num_beams": True}}, "parameter num_beams: .*has to be a number"),
         ({"parameters": {"num_beams": 1.5}}, "parameter num_beams"),
         ({"parameters": {"num_beams": 0}}, "parameter num_beams"),
@@ -171,17 +176,72 @@ def test_a_grpc_request_reads_the_same():
     assert call.options == GenerationOptions(num_beams=3, length_penalty=0.5)
 
 
+ALL = ["SCORES", "PARSED_JSON", "MASKS", "FINISH_REASON", "GENERATED_TEXT"]
+
+
 def test_answers_have_the_shape_of_the_task_prompt_and_the_outputs_asked_for():
-    asked = request([BASE64] * 2, ["<OD>", "<OCR>"] * 2, shape=[2, 2], outputs=["SCORES", "PARSED_JSON"])
-    call = read_call(asked, BOUNDS)
-    answers = [RowAnswer(value=f"é{i}", text="", score=-i) for i in range(4)]
-    response = write_answer(call, answers, {"queue_us": 1})
-    assert [(o.name, o.shape, o.datatype) for o in response.outputs] == [
-        ("SCORES", [2, 2], "FP32"),
-        ("PARSED_JSON", [2, 2], "BYTES"),
+    call = read_call(request([BASE64] * 2, ["<OD>", "<OCR>"] * 2, shape=[2, 2], outputs=ALL), BOUNDS)
+    answers = [
+        RowAnswer(row.task.name, f"é{i}", "length" if i else "stop", f"ü{i}", {"sequence": -i}, {"masks": [i]})
+        for i, row in enumerate(call.rows)
     ]
-    assert json.loads(response.outputs[1].data[1, 0]) == {"<OD>": "é2"}
-    assert "é" in response.outputs[1].data[1, 0].decode()
+    response = write_answer(call, answers, {"queue_us": 1})
+    assert [(o.name, o.shape, o.datatype) for o in response.outputs] == [(name, [2, 2], "BYTES") for name in ALL]
+    scores, parsed, masks, reasons, texts = (output.data for output in response.outputs)
+    assert "é" in parsed[1, 0].decode()
+    assert [json.loads(column[1, 0]) for column in (scores, parsed, masks)] == [
+        {"<OD>": {"sequence": -2}},
+        {"<OD>": "é2"},
+        {"<OD>": {"masks": [2]}},
+    ]
+    assert [reason.decode() for reason in reasons.flat] == ["stop", "length", "length", "length"]
+    assert [text.decode() for text in texts.flat] == ["ü0", "ü1", "ü2", "ü3"]
+    assert response.parameters == {"truncated_rows": 3, "queue_us": 1}
+
+
+PARTIAL = {"partial": True}
+
+
+def test_a_partial_call_keeps_what_is_wrong_with_a_row_beside_the_others():
+    images, tasks = [BASE64, "@@", BASE64], ["<OD>", "<OD>", "<DANCE>"]
+    call = read_call(request(images, tasks, parameters=PARTIAL), BOUNDS)
+    assert [type(image) for image in call.images] == [bytes, BadTensor, bytes]
+    assert [type(row) for row in call.rows] == [Row, Row, BadTensor]
+    assert str(call.images[1]).startswith("INPUT_IMAGE, row 1: not valid base64")
+    assert str(call.rows[2]).startswith("TASK_PROMPT, row 2: unknown task")
+    assert call.options.partial
+
+
+def test_a_row_without_an_answer_says_why_in_its_place():
+    call = read_call(request([BASE64] * 2, ["<OD>"] * 2, parameters=PARTIAL, outputs=ALL), BOUNDS)
+    answers = [BadTensor("INPUT_IMAGE", "is é", row=0), RowAnswer("<OD>", {"bboxes": [], "labels": []}, "stop")]
+    response = write_answer(call, answers, {})
+    error = {"error": {"status": 400, "message": "INPUT_IMAGE, row 0: is é"}}
+    scores, parsed, masks, reasons, texts = (output.data for output in response.outputs)
+    assert [json.loads(column[0]) for column in (scores, parsed, masks)] == [error] * 3
+    assert json.loads(parsed[1]) == {"<OD>": {"bboxes": [], "labels": []}}
+    assert (list(reasons), list(texts)) == ([b"error", b"stop"], [b"", b""])
+    assert response.parameters == {"truncated_rows": 0, "failed_rows": 1}
+
+
+@pytest.mark.parametrize("value", [True, "true", "True"])
+def test_partial_may_be_true_in_words(value):
+    assert read_options({"partial": value}, BOUNDS).partial is True
+
+
+@pytest.mark.parametrize("value", ["yes", "", 1, 0, 1.0, "1"])
+def test_partial_of_another_kind_is_refused(value):
+    with pytest.raises(BadRequest, match="parameter partial: has to be true or false, got"):
+        read_options({"partial": value}, BOUNDS)
+
+
+@pytest.mark.parametrize("value", [IMAGE * 100, base64.b64encode(IMAGE * 100), base64.b64encode(b"no image" * 1000)])
+def test_an_image_over_the_limit_is_refused(value):
+    bounds = Bounds(6, 4, 100, max_image_bytes=len(IMAGE) * 100 - 1)
+    with pytest.raises(TooLarge, match=r"INPUT_IMAGE, row 1: .* over the limit of 1399 bytes \(max_image_mib\)"):
+        read_call(request([BASE64, value], ["<OD>"] * 2), bounds)
+    exact = Bounds(6, 4, 100, max_image_bytes=len(IMAGE) * 100)
+    assert read_call(request([IMAGE * 100], ["<OD>"]), exact).images == [IMAGE * 100]
 
 
 def test_broken_base64_is_a_value_error():

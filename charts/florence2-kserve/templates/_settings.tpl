@@ -11,7 +11,7 @@
 
 {{/* Bounds that both components have: the transformer refuses by them before it asks the predictor. */}}
 {{- define "florence2.sharedBounds" -}}
-max_rows max_num_beams
+max_rows max_num_beams max_new_tokens
 {{- end -}}
 
 {{/* A component's settings: what the chart derives, under what the values say. Takes root and part; gives YAML. */}}
