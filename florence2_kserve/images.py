@@ -10,16 +10,21 @@ processor takes them, and a picture in a wide-gamut space looks a little paler t
 from __future__ import annotations
 
 import io
+import math
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 if TYPE_CHECKING:
     from florence2_kserve.processor import ImageSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# How many times what the model looks at a draft has, in width and in height; 12 megapixels halved have 1.95.
+DRAFT_MARGIN = 1.9
 
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -40,6 +45,17 @@ _OTHER_MAGIC = {
     b"\x00\x00\x00\x0cJXL ": "JPEG XL",
 }
 _OTHER_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+# What a stored picture lacks to be upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = frozenset(turn for orientation, turn in _TURNS.items() if orientation > 4)
 _DECOMPRESSION_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -51,20 +67,51 @@ class ImageTooLarge(ImageError):
     """The image has more pixels than allowed."""
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture.
+
+    Attributes:
+        image: Its pixels, mode RGB, or L where the file is grey. Where it was decoded in draft (see
+            `decode_image`) it is smaller than `size` and lies as it is stored, before any turn.
+        size: (width, height) as viewers show it, in pixels; all coordinates are in these.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    _box: tuple[float, float, float, float] | None = None  # what of `image` a draft fills, to fractions of a pixel
+    _turn: Image.Transpose | None = None  # what a draft still lacks
+
+    def resized(self, settings: ImageSettings) -> np.ndarray[Any, Any]:
+        """Resizes the picture as `resize_image` does, and turns it the right way up.
+
+        Returns:
+            UINT8 [H, W, 3], contiguous, neither rescaled nor normalised.
+        """
+        size = _sideways((settings.width, settings.height), self._turn)
+        image = self.image.resize(size, Image.Resampling(settings.resample), box=self._box)
+        # Turned when it is small; a turn by 90° before would make levels differ by one or two.
+        image = image if self._turn is None else image.transpose(self._turn)
+        return np.array(image.convert("RGB"))
+
+
+def decode_image(data: bytes, *, max_pixels: int, draft_for: ImageSettings | None = None) -> Picture:
     """Decodes an image file.
 
     The first frame counts where there are several. The EXIF orientation is applied, so that width,
     height and all coordinates are those of the picture as viewers show it. Transparent pixels lie
-    on white; CMYK, palette, grey, one-bit and 16-bit grey become 8-bit RGB.
+    on white; CMYK, palette, grey, one-bit and 16-bit grey become 8 bits a channel.
 
     Args:
         data: The file's bytes: JPEG, PNG, WEBP, GIF, BMP or TIFF.
         max_pixels: Largest width × height. Pillow refuses more than twice its own
             ``Image.MAX_IMAGE_PIXELS`` (179 million in all) however large this is.
+        draft_for: Where the picture will be resized to these settings, a large JPEG may be decoded at a half,
+            quarter or eighth of its size, as long as `DRAFT_MARGIN` times what the model looks at is left;
+            ``docs/transformer.md`` says what that does to pixels. None decodes all of it.
 
     Returns:
-        The picture, mode RGB.
+        The picture.
 
     Raises:
         ImageTooLarge: If it has more than `max_pixels`; no pixel is decoded then.
@@ -79,10 +126,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise ImageTooLarge(f"the image has {width}×{height} pixels, {max_pixels:,} are allowed")
     try:
+        if draft_for is not None and (draft := _decode_draft(image, draft_for)):
+            return draft
         image.load()
         with suppress(Exception):  # broken EXIF is no reason to refuse a picture that viewers show
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        size = image.size
+        return Picture(_to_8_bits(image), size)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every kind there is
@@ -93,13 +143,37 @@ def resize_image(image: Image.Image, settings: ImageSettings) -> np.ndarray[Any,
     """Resizes a picture to what the model looks at, its aspect ratio aside, as Florence-2's processor does.
 
     Args:
-        image: Mode RGB.
+        image: Mode RGB, or L.
         settings: Height, width and Pillow's resampling filter.
 
     Returns:
         UINT8 [H, W, 3], contiguous, neither rescaled nor normalised.
     """
-    return np.array(image.resize((settings.width, settings.height), Image.Resampling(settings.resample)))
+    return Picture(image, image.size).resized(settings)
+
+
+def _decode_draft(image: Image.Image, settings: ImageSettings) -> Picture | None:
+    """Decodes a JPEG at a part of its size; returns None, with nothing decoded, where it has to be decoded whole."""
+    if not isinstance(image, JpegImageFile) or settings.resample == Image.Resampling.NEAREST:
+        return None
+    turn = None
+    with suppress(Exception):  # see decode_image
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    whole = image.size
+    width, height = (math.ceil(DRAFT_MARGIN * side) for side in (settings.width, settings.height))
+    if whole[0] < 2 * (least := _sideways((width, height), turn))[0] or whole[1] < 2 * least[1]:
+        return None
+    drafted = image.draft(None, least)
+    if drafted is None:
+        return None
+    _, box = drafted
+    image.load()
+    return Picture(_to_8_bits(image), _sideways(whole, turn), box, turn)
+
+
+def _sideways(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    """Returns width and height, swapped where `turn` swaps them."""
+    return (size[1], size[0]) if turn in _SIDEWAYS else size
 
 
 def _open(data: bytes) -> Image.Image:
@@ -138,9 +212,10 @@ def _lookup(names: dict[bytes, str], data: bytes) -> str | None:
     return next((name for magic, name in names.items() if data.startswith(magic)), None)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Returns the picture in mode RGB, or L where it is grey: that is resized in a third of the time, to the same."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _grey_to_8_bits(image).convert("RGB")
+        return _grey_to_8_bits(image)
     if image.mode == "F":
         raise ImageError("the image has floating-point pixels, whose range is not known; send 8 or 16 bits a channel")
     if image.has_transparency_data:
@@ -148,7 +223,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
