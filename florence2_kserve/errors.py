@@ -49,7 +49,7 @@ class BadRequest(ServiceError):
 class BadTensor(BadRequest):
     """One tensor, or one row of it, is wrong; the message names both."""
 
-    def __init__(self, tensor: str, reason: str, *, row: int | None = None) -> None:
+    def __init__(self, tensor: str, reason: str, *, row: int | str | None = None) -> None:
         self.tensor, self.row, self.reason = tensor, row, reason
         super().__init__(f"{tensor}: {reason}" if row is None else f"{tensor}, row {row}: {reason}")
 

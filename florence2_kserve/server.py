@@ -165,10 +165,21 @@ class _Servicer(InferenceServicer):
     """The SDK's servicer; it names the tensor whose data type nobody knows, and knows versions."""
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
-        check_version(request.model_name, request.model_version)
-        for tensor in request.inputs:
-            check_datatype(tensor.name, tensor.datatype)
-        return await super().ModelInfer(request, context)
+        try:
+            check_version(request.model_name, request.model_version)
+            for tensor in request.inputs:
+                check_datatype(tensor.name, tensor.datatype)
+            return await super().ModelInfer(request, context)
+        except errors.ServiceError as error:
+            # As REST's headers; the status itself is left to the SDK's interceptor.
+            context.set_trailing_metadata(tuple((name.lower(), value) for name, value in error.headers.items()))
+            raise
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
+        check_version(request.name, request.version)
+        metadata = await super().ModelMetadata(request, context)
+        metadata.versions[:] = [VERSION]  # the SDK's servicer leaves it out
+        return metadata
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
         check_version(request.name, request.version)

@@ -97,8 +97,10 @@ def test_a_transformer_without_predictor_is_ready_and_answers_503_with_retry_aft
         assert response.status_code == 503
         assert int(response.headers["Retry-After"]) >= 1
         assert "predictor" in response.json()["error"]
-        with Florence2Client(f"grpc://{alone.grpc_url}", retries=0) as client, pytest.raises(UnavailableError):
-            client.infer(picture(), "<CAPTION>")
+        with Florence2Client(f"grpc://{alone.grpc_url}", retries=0) as client:
+            with pytest.raises(UnavailableError) as caught:
+                client.infer(picture(), "<CAPTION>")
+            assert caught.value.retry_after_s == 1
 
 
 def test_probes_that_go_well_are_not_logged():

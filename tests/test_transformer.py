@@ -95,10 +95,10 @@ def test_a_partial_request_asks_about_what_it_can_alone(subject):
     assert {index: str(error).partition(":")[0] for index, error in work.errors.items()} == {
         0: "INPUT_IMAGE, row 0",
         1: "INPUT_IMAGE, row 0",
-        2: "TASK_PROMPT, row 1",
-        4: "TASK_PROMPT, row 2",
-        5: "TASK_PROMPT, row 2",
-        7: "TEXT_PROMPT, row 3",
+        2: "TASK_PROMPT, row 1, column 0",
+        4: "TASK_PROMPT, row 2, column 0",
+        5: "TASK_PROMPT, row 2, column 1",
+        7: "TEXT_PROMPT, row 3, column 1",
     }
 
 

@@ -126,13 +126,13 @@ class Row:
         image: Index of the image in the call.
         task: The task.
         text: Text or region that goes with it, "" where the task takes none.
-        label: How errors name the row: its index along the batch axis.
+        label: How errors name it: its index along the batch axis, and its column where there are several.
     """
 
     image: int
     task: Task
     text: str
-    label: int
+    label: str
 
 
 @dataclass(slots=True)
@@ -211,8 +211,8 @@ def read_call(request: InferRequest, bounds: Bounds) -> InferenceCall:
     texts = _text_column(tensors.get(TEXT_PROMPT), prompts.shape)
     tasks_per_image = prompts.size // len(images)
     rows = [
-        _read(options.partial, _row, index // tasks_per_image, prompt, texts[index] if texts else None)
-        for index, prompt in enumerate(prompts.flat)
+        _read(options.partial, _row, index // tasks_per_image, _label(index, tasks_per_image), prompt, text)
+        for index, (prompt, text) in enumerate(zip(prompts.flat, texts, strict=True))
     ]
     return InferenceCall(
         id=request.id or "",
@@ -327,35 +327,40 @@ def _image_column(tensor: Tensor) -> list[bytes]:
     return list(tensor.data.flat)
 
 
-def _text_column(tensor: Tensor | None, shape: tuple[int, ...]) -> list[bytes]:
+def _text_column(tensor: Tensor | None, shape: tuple[int, ...]) -> list[bytes | None]:
     if tensor is None:
-        return []
+        return [None] * math.prod(shape)
     _check_bytes(tensor)
     if math.prod(tensor.data.shape) != math.prod(shape) or tensor.data.shape[0] != shape[0]:
         raise BadTensor(tensor.name, f"expected TASK_PROMPT's shape {list(shape)}, got {list(tensor.data.shape)}")
     return list(tensor.data.flat)
 
 
-def _decode_text(tensor: str, row: int, value: bytes) -> str:
+def _decode_text(tensor: str, row: str, value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
         raise BadTensor(tensor, f"not valid UTF-8: {error.reason} at byte {error.start}", row=row) from None
 
 
-def _row(image: int, prompt: bytes, text: bytes | None) -> Row:
-    name = _decode_text(TASK_PROMPT, image, prompt)
+def _label(index: int, tasks_per_image: int) -> str:
+    row, column = divmod(index, tasks_per_image)
+    return str(row) if tasks_per_image == 1 else f"{row}, column {column}"
+
+
+def _row(image: int, label: str, prompt: bytes, text: bytes | None) -> Row:
+    name = _decode_text(TASK_PROMPT, label, prompt)
     try:
         task = find_task(name)
     except KeyError as error:
-        raise BadTensor(TASK_PROMPT, error.args[0], row=image) from None
-    words = _decode_text(TEXT_PROMPT, image, text).strip() if text is not None else ""
+        raise BadTensor(TASK_PROMPT, error.args[0], row=label) from None
+    words = _decode_text(TEXT_PROMPT, label, text).strip() if text is not None else ""
     if task.takes is TaskInput.NONE and words:
-        raise BadTensor(TEXT_PROMPT, f"{task.name} takes no text, got {_shorten(words)!r}", row=image)
+        raise BadTensor(TEXT_PROMPT, f"{task.name} takes no text, got {_shorten(words)!r}", row=label)
     if task.takes is not TaskInput.NONE and not words:
         kind = "a text" if task.takes is TaskInput.TEXT else "a region (<loc_…>×4, or a pixel box [x1,y1,x2,y2])"
-        raise BadTensor(TEXT_PROMPT, f"{task.name} needs {kind}, got none", row=image)
-    return Row(image, task, words, image)
+        raise BadTensor(TEXT_PROMPT, f"{task.name} needs {kind}, got none", row=label)
+    return Row(image, task, words, label)
 
 
 def _image_bytes(value: bytes, row: int, max_bytes: int) -> bytes:

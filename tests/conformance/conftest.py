@@ -97,8 +97,7 @@ def make_wire(request: pytest.FixtureRequest, server: Target) -> Callable[[type[
     """Makes a wire of the given kind (a gRPC one skips the test where there is no gRPC address)."""
 
     def make(kind: type[Any]) -> Wire:
-        grpc_kind = kind.name.startswith("grpc")
-        made: Wire = kind(request.getfixturevalue("grpc_connection") if grpc_kind else server)
+        made: Wire = kind(request.getfixturevalue("grpc_connection") if kind.over_grpc() else server)
         return made
 
     return make

@@ -42,12 +42,25 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An inference request, not yet encoded."""
+    """An inference request, not yet encoded.
+
+    Attributes:
+        tensors: Its inputs.
+        parameters: Its parameters.
+        outputs: Outputs asked for by name; none means the default ones.
+        id: Its id, None where it has none.
+        model: Name of another model than the one under test.
+    """
 
     tensors: tuple[Tensor, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     id: str | None = None
+    model: str | None = None
+
+    def is_text(self) -> bool:
+        """Whether all its elements are text, so that JSON can carry them."""
+        return all(_is_text(element) for tensor in self.tensors for element in tensor.data)
 
     def json_body(self) -> dict[str, Any]:
         """Returns the request as a V2 JSON object, with the tensors' data in it."""
@@ -122,6 +135,16 @@ def ask(
     return Request(tuple(tensors), parameters, outputs, id)
 
 
+def _is_text(element: bytes | int) -> bool:
+    if isinstance(element, int):
+        return True
+    try:
+        element.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _listed(value: str | Sequence[str]) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value
 
@@ -149,6 +172,7 @@ class Outcome:
         id: The response's id.
         model_name: The response's model name.
         outputs: The response's outputs by name.
+        parameters: The response's parameters.
     """
 
     status: str
@@ -156,12 +180,21 @@ class Outcome:
     id: str = ""
     model_name: str = ""
     outputs: Mapping[str, Output] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def answers(self) -> list[Any]:
-        """Returns the elements of ``PARSED_JSON``, parsed, after asserting that all went well."""
+    def elements(self, name: str) -> tuple[str, ...]:
+        """Returns the elements of the output `name`, after asserting that all went well."""
         assert self.status == "ok", f"{self.status}: {self.message}"
-        assert PARSED in self.outputs, f"outputs {list(self.outputs)}"
-        return [json.loads(element) for element in self.outputs[PARSED].data]
+        assert name in self.outputs, f"no {name} among the outputs {list(self.outputs)}"
+        return self.outputs[name].data
+
+    def answers(self, name: str = PARSED) -> list[Any]:
+        """Returns the elements of the output `name`, parsed from JSON, after asserting that all went well."""
+        return [json.loads(element, parse_constant=_refuse_constant) for element in self.elements(name)]
+
+
+def _refuse_constant(name: str) -> Any:
+    raise AssertionError(f"{name} is not JSON")
 
 
 def unpack_bytes_tensor(raw: bytes) -> tuple[bytes, ...]:

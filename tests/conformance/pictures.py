@@ -50,6 +50,11 @@ def base64_text(data: bytes) -> bytes:
     return base64.b64encode(data)
 
 
+def urlsafe_text(data: bytes) -> bytes:
+    """Returns `data` as URL-safe base64 text without padding (ASCII bytes)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
 def data_uri(data: bytes, media_type: str = "image/png") -> bytes:
     """Returns `data` as a ``data:`` URI (ASCII bytes)."""
     return b"data:" + media_type.encode() + b";base64," + base64.b64encode(data)

@@ -1,28 +1,20 @@
-"""The clients that people use: requests, KServe's own, and Triton's, over REST and gRPC."""
+"""What is particular to the clients that people use; that all of them get the same answers is in ``test_alike.py``."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import json
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import grpc
-import httpx
-import kserve
 import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
-from tritonclient.utils import InferenceServerException
 
+from .clients import CLIENTS, ClientWire, triton_http_client
 from .messages import SHORT, ask
 from .pictures import base64_text, png
-from .wires import GrpcConnection, Target
+from .wires import Target
 
 Alone = Callable[..., Any]
 TASK = "<OD>"
@@ -40,90 +32,12 @@ def test_requests(server: Target, alone: Alone) -> None:
             assert json.loads(good.json()["outputs"][0]["data"][0]) == alone(0, TASK)
 
 
-def _kserve_request(server: Target, image: Any, task: str = TASK) -> Any:
-    """Returns a request of KServe's client; an array goes in binary form, a list as typed contents or JSON."""
-    inputs = []
-    for name, value in (("INPUT_IMAGE", image), ("TASK_PROMPT", task)):
-        tensor = kserve.InferInput(name, [1, 1], "BYTES")
-        if isinstance(image, bytes):
-            element = value if isinstance(value, bytes) else value.encode()
-            tensor.set_data_from_numpy(np.array([[element]], dtype=np.object_), binary_data=True)
-        else:
-            tensor.data = [value]
-        inputs.append(tensor)
-    return kserve.InferRequest(server.model, inputs, request_id="r-1", parameters=dict(SHORT))
-
-
-def _kserve_rest(server: Target, use: Callable[[Any, dict[str, str]], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        config = kserve.RESTConfig(protocol="v2", timeout=server.timeout)
-        async with kserve.InferenceRESTClient(config) as client:
-            return await use(client, dict(server.headers))
-
-    return asyncio.run(run())
-
-
-@pytest.mark.parametrize("image", [base64_text(png()).decode(), png()], ids=["json", "binary"])
-def test_kserve_rest_client(server: Target, alone: Alone, image: str | bytes) -> None:
-    async def use(client: Any, headers: dict[str, str]) -> Any:
-        assert await client.is_server_live(server.rest_url, headers)
-        assert await client.is_server_ready(server.rest_url, headers)
-        assert await client.is_model_ready(server.rest_url, server.model, headers)
-        return await client.infer(server.rest_url, _kserve_request(server, image), server.model, headers)
-
-    response = _kserve_rest(server, use)
-    assert (response.id, response.model_name) == ("r-1", server.model)
-    (output,) = response.outputs
-    assert (output.name, output.shape) == ("PARSED_JSON", [1, 1])
-    assert json.loads(output.data[0]) == alone(0, TASK)
-
-
-def test_kserve_rest_client_sees_the_refusal(server: Target) -> None:
-    async def use(client: Any, headers: dict[str, str]) -> Any:
-        request = _kserve_request(server, base64_text(png()).decode(), "<DANCE>")
-        return await client.infer(server.rest_url, request, server.model, headers)
-
-    with pytest.raises(httpx.HTTPStatusError, match="TASK_PROMPT") as raised:
-        _kserve_rest(server, use)
-    assert raised.value.response.status_code == 400
-
-
-def _kserve_grpc(server: Target, use: Callable[[Any], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        options = [("grpc.max_send_message_length", -1), *server.grpc_options()]
-        async with kserve.InferenceGRPCClient(server.grpc_url, channel_args=options, timeout=server.timeout) as client:
-            return await use(client)
-
-    return asyncio.run(run())
-
-
-@pytest.mark.usefixtures("grpc_connection")  # skips where there is no gRPC address
-@pytest.mark.parametrize("image", [base64_text(png()).decode(), png()], ids=["typed", "raw"])
-def test_kserve_grpc_client(server: Target, alone: Alone, image: str | bytes) -> None:
-    metadata = server.grpc_metadata()
-
-    async def use(client: Any) -> Any:
-        assert await client.is_server_live(headers=metadata)
-        assert await client.is_server_ready(headers=metadata)
-        assert await client.is_model_ready(server.model, headers=metadata)
-        return await client.infer(_kserve_request(server, image), headers=metadata)
-
-    response = _kserve_grpc(server, use)
-    assert (response.id, response.model_name) == ("r-1", server.model)
-    (output,) = response.outputs
-    assert (output.name, list(output.shape)) == ("PARSED_JSON", [1, 1])
-    assert json.loads(output.as_numpy()[0, 0]) == alone(0, TASK)
-
-
-@pytest.mark.usefixtures("grpc_connection")
-def test_kserve_grpc_client_sees_the_refusal(server: Target) -> None:
-    async def use(client: Any) -> Any:
-        return await client.infer(_kserve_request(server, png(), "<DANCE>"), headers=server.grpc_metadata())
-
-    with pytest.raises(grpc.RpcError) as raised:
-        _kserve_grpc(server, use)
-    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "TASK_PROMPT" in raised.value.details()
+@pytest.mark.parametrize("kind", CLIENTS, ids=lambda kind: kind.name)
+def test_a_client_says_that_the_server_is_well(server: Target, kind: type[ClientWire]) -> None:
+    if kind.over_grpc() and server.grpc_url is None:
+        pytest.skip("no gRPC address: give --grpc-url or FLORENCE2_GRPC_URL")
+    with kind(server) as client:
+        assert client.health() == {"live": True, "ready": True, "model ready": True, "model": server.model}
 
 
 def _triton_inputs(image: bytes, task: str, *, binary: bool) -> list[Any]:
@@ -138,32 +52,27 @@ def _triton_inputs(image: bytes, task: str, *, binary: bool) -> list[Any]:
 @pytest.fixture
 def triton_http(server: Target) -> Any:
     """Triton's REST client."""
-    scheme, _, address = server.rest_url.rstrip("/").partition("://")
-    with triton.InferenceServerClient(
-        address, ssl=scheme == "https", connection_timeout=server.timeout, network_timeout=server.timeout
-    ) as client:
+    with triton_http_client(server) as client:
         yield client
 
 
-def test_triton_http_client_health(server: Target, triton_http: Any) -> None:
+def test_triton_http_client_knows_no_other_model(server: Target, triton_http: Any) -> None:
     headers = dict(server.headers)
-    assert triton_http.is_server_live(headers=headers)
-    assert triton_http.is_server_ready(headers=headers)
-    assert triton_http.is_model_ready(server.model, headers=headers)
-    assert not triton_http.is_model_ready("no-such-model", headers=headers)
     assert triton_http.get_server_metadata(headers=headers)["name"]
-    assert triton_http.get_model_metadata(server.model, headers=headers)["name"] == server.model
+    assert not triton_http.is_model_ready("no-such-model", headers=headers)
 
 
 @pytest.mark.parametrize("binary_output", [True, False], ids=["binary output", "json output"])
 @pytest.mark.parametrize("binary_input", [True, False], ids=["binary input", "json input"])
+@pytest.mark.parametrize("version", ["", "1"], ids=["no version", "version 1"])
 def test_triton_http_client(
-    server: Target, triton_http: Any, alone: Alone, binary_input: bool, binary_output: bool
+    server: Target, triton_http: Any, alone: Alone, binary_input: bool, binary_output: bool, version: str
 ) -> None:
     image = png() if binary_input else base64_text(png())
     result = triton_http.infer(
         server.model,
         _triton_inputs(image, TASK, binary=binary_input),
+        model_version=version,
         outputs=[triton.InferRequestedOutput("PARSED_JSON", binary_data=binary_output)],
         request_id="r-1",
         headers=dict(server.headers),
@@ -180,45 +89,11 @@ def test_triton_http_client_as_it_comes(server: Target, triton_http: Any) -> Non
     assert TASK in json.loads(result.as_numpy("PARSED_JSON")[0, 0])
 
 
-def test_triton_http_client_goes_on_after_a_refusal(server: Target, triton_http: Any) -> None:
-    extra = {"headers": dict(server.headers), "parameters": dict(SHORT)}
-    for _ in range(2):
-        with pytest.raises(InferenceServerException, match="TASK_PROMPT"):
-            triton_http.infer(server.model, _triton_inputs(png(), "<DANCE>", binary=True), **extra)
-        triton_http.infer(server.model, _triton_inputs(png(), TASK, binary=True), **extra)
-
-
-def test_triton_grpc_client(server: Target, grpc_connection: GrpcConnection, alone: Alone) -> None:
-    given = {
-        "url": server.grpc_url,
-        "model": server.model,
-        "timeout": server.timeout,
-        "metadata": server.grpc_metadata(),
-        "options": server.grpc_options(),
-        "picture": base64.b64encode(png()).decode(),
-        "task": TASK,
-        "parameters": dict(SHORT),
-    }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("triton_grpc_program.py"))],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        timeout=30 + 10 * server.timeout,
-    )
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
-    status, message = report.pop("refusal")
-    assert status == "StatusCode.INVALID_ARGUMENT"
-    assert "TASK_PROMPT" in message
-    answer = alone(0, TASK)
-    assert report == {
-        "live": True,
-        "ready": True,
-        "model ready": True,
-        "metadata": server.model,
-        "raw": answer,
-        "base64": answer,
-        "chosen outputs": ["GENERATED_TEXT"],
-        "id": "r-1",
-    }
+@pytest.mark.parametrize("version", ["", "1"], ids=["no version", "version 1"])
+def test_triton_http_client_reads_configuration_and_statistics(server: Target, triton_http: Any, version: str) -> None:
+    named: dict[str, Any] = {"model_version": version, "headers": dict(server.headers)}
+    assert triton_http.is_model_ready(server.model, **named)
+    assert triton_http.get_model_metadata(server.model, **named)["name"] == server.model
+    assert triton_http.get_model_config(server.model, **named)["name"] == server.model
+    (statistics,) = triton_http.get_inference_statistics(server.model, **named)["model_stats"]
+    assert statistics["name"] == server.model

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .contract import IMAGE, PARSED, TASK, TASKS, assert_answer
 from .messages import BRIEF, SHORT, Request, Tensor, ask
-from .pictures import SIZE, base64_text, data_uri, draw, encode, png
+from .pictures import RED_CIRCLE_BINS, RED_CIRCLE_PIXELS, SIZE, base64_text, data_uri, draw, encode, png
 from .wires import RestConnection, Target, Wire, rest_outcome
 
 Alone = Callable[..., Any]
@@ -141,6 +141,18 @@ SIMILAR_PIXELS: dict[str, Callable[[], bytes]] = {
 }
 
 
+# How a file's pixels lie for each EXIF orientation: what turns the upright picture into them.
+_STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
 def _turn_clockwise() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6  # the orientation that phones write: turn by 90 degrees clockwise to see it upright
@@ -163,6 +175,51 @@ def test_any_common_format_and_mode_is_read(rest_or_grpc: Wire, kind: str) -> No
         ask(_as_the_wire_carries_it(rest_or_grpc, SIMILAR_PIXELS[kind]()), "<OD>")
     ).answers()
     assert_answer(OD, answer, SIZE)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_every_orientation_of_a_file_is_that_of_its_upright_picture(
+    rest_or_grpc: Wire, alone: Alone, orientation: int
+) -> None:
+    """Boxes, and the boxes of regions, are in pixels of the picture as it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = base64_text(encode(draw().transpose(_STORED[orientation]), "PNG", exif=exif))
+    tasks, texts = ["<OD>", "<REGION_TO_CATEGORY>"], ["", RED_CIRCLE_PIXELS]
+    outcome = rest_or_grpc.infer(ask(image, tasks, texts, shape=(1, 2)))
+    assert outcome.answers() == [alone(0, "<OD>"), alone(0, "<REGION_TO_CATEGORY>", RED_CIRCLE_BINS)]
+
+
+TEXTS_BEYOND_ASCII = {
+    "accents": "un cercle vert à côté d'une étoile",
+    "decomposed accents": "e\u0301toile",
+    "Japanese": "赤い円",
+    "right to left": "دائرة حمراء",
+    "emoji of several code points": "👩\u200d🎨 und 🟥",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS_BEYOND_ASCII)
+def test_a_text_beyond_ascii_is_the_same_question_on_every_wire(wire: Wire, alone: Alone, kind: str) -> None:
+    """Python's JSON escapes it, gRPC and the binary extension carry its UTF-8."""
+    text = TEXTS_BEYOND_ASCII[kind]
+    outcome = wire.infer(ask(base64_text(png()), GROUNDING.prompt, text))
+    (answer,) = outcome.answers()
+    assert_answer(GROUNDING, answer, SIZE)
+    assert answer == alone(0, GROUNDING.prompt, text)
+
+
+def test_a_text_beyond_ascii_may_be_json_without_escapes(rest: RestConnection, alone: Alone) -> None:
+    text = TEXTS_BEYOND_ASCII["Japanese"]
+    body = json.dumps(ask(base64_text(png()), GROUNDING.prompt, text).json_body(), ensure_ascii=False)
+    assert text in body
+    assert rest_outcome(rest.post(body.encode())).answers() == [alone(0, GROUNDING.prompt, text)]
+
+
+def test_a_refusal_repeats_a_text_beyond_ascii_as_it_was(wire: Wire) -> None:
+    outcome = wire.infer(ask(base64_text(png()), "<OD>", "赤い円 à côté"))
+    assert outcome.status == "invalid"
+    assert "赤い円 à côté" in outcome.message
 
 
 def test_coordinates_are_those_of_the_image_as_sent(rest: RestConnection) -> None:

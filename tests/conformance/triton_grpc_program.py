@@ -1,8 +1,9 @@
-"""A user's program on ``tritonclient.grpc``, run by ``test_clients.py`` in a process of its own.
+"""A user's program on ``tritonclient.grpc``, which ``clients.py`` runs in a process of its own.
 
 A process of its own because `tritonclient.grpc` and `kserve` register the same protobuf
-names and cannot be imported together. Reads one JSON object from standard input and writes
-one to standard output.
+names and cannot be imported together. Reads one JSON object a line from standard input and
+answers each with one on standard output: first how to reach the server, then calls. Elements
+of tensors travel as base64, both ways.
 """
 
 from __future__ import annotations
@@ -17,45 +18,69 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 
-def _input(name: str, values: list[bytes]) -> Any:
-    array = np.array(values, dtype=np.object_).reshape(len(values), 1)
-    tensor = triton.InferInput(name, list(array.shape), "BYTES")
+def _input(given: dict[str, Any]) -> Any:
+    is_bytes = given["datatype"] == "BYTES"
+    elements = [base64.b64decode(element) for element in given["data"]] if is_bytes else given["data"]
+    array = np.array(elements, dtype=np.object_ if is_bytes else np.int32).reshape(given["shape"])
+    tensor = triton.InferInput(given["name"], given["shape"], given["datatype"])
     tensor.set_data_from_numpy(array)
     return tensor
 
 
-def _main() -> None:
-    given = json.load(sys.stdin)
-    model, timeout = given["model"], given["timeout"]
-    common = {"headers": dict(given["metadata"]), "client_timeout": timeout}
-    options = [tuple(option) for option in given["options"]]
-    with triton.InferenceServerClient(given["url"], channel_args=options or None) as client:
+def _output(result: Any, described: Any) -> dict[str, Any]:
+    array = result.as_numpy(described.name)
+    return {
+        "datatype": described.datatype,
+        "shape": array.shape,
+        "data": [base64.b64encode(element).decode() for element in array.flat],
+    }
 
-        def infer(image: bytes, task: str, **extra: Any) -> Any:
-            inputs = [_input("INPUT_IMAGE", [image]), _input("TASK_PROMPT", [task.encode()])]
-            return client.infer(model, inputs, parameters=given["parameters"], **common, **extra)
 
-        def answer(image: bytes) -> Any:
-            return json.loads(infer(image, given["task"]).as_numpy("PARSED_JSON")[0, 0])
+class _Program:
+    """The calls, each named by the method that answers it."""
 
-        picture = base64.b64decode(given["picture"])
-        outputs = [triton.InferRequestedOutput("GENERATED_TEXT")]
-        chosen = infer(picture, given["task"], outputs=outputs, request_id="r-1").get_response()
-        report: dict[str, Any] = {
+    def __init__(self, client: Any, model: str, common: dict[str, Any]) -> None:
+        self._client, self._model, self._common = client, model, common
+
+    def health(self) -> dict[str, Any]:
+        client, common = self._client, self._common
+        return {
             "live": client.is_server_live(**common),
             "ready": client.is_server_ready(**common),
-            "model ready": client.is_model_ready(model, **common),
-            "metadata": client.get_model_metadata(model, as_json=True, **common)["name"],
-            "raw": answer(picture),
-            "base64": answer(base64.b64encode(picture)),
-            "chosen outputs": [output.name for output in chosen.outputs],
-            "id": chosen.id,
+            "model ready": client.is_model_ready(self._model, **common),
+            "model": client.get_model_metadata(self._model, as_json=True, **common)["name"],
         }
+
+    def infer(self, model: str, inputs: list[Any], outputs: list[str], **options: Any) -> dict[str, Any]:
+        chosen = [triton.InferRequestedOutput(name) for name in outputs]
         try:
-            infer(picture, "<DANCE>")
+            result = self._client.infer(
+                model, [_input(given) for given in inputs], outputs=chosen or None, **options, **self._common
+            )
         except InferenceServerException as error:
-            report["refusal"] = [error.status(), error.message()]
-    json.dump(report, sys.stdout)
+            return {"status": error.status(), "message": error.message()}
+        response = result.get_response()
+        return {
+            "id": response.id,
+            "model": response.model_name,
+            "outputs": {described.name: _output(result, described) for described in response.outputs},
+            "parameters": {
+                name: getattr(value, value.WhichOneof("parameter_choice"))
+                for name, value in response.parameters.items()
+            },
+        }
+
+
+def _main() -> None:
+    given = json.loads(sys.stdin.readline())
+    common = {"headers": dict(given["metadata"]), "client_timeout": given["timeout"]}
+    options = [tuple(option) for option in given["options"]]
+    with triton.InferenceServerClient(given["url"], channel_args=options or None) as client:
+        program = _Program(client, given["model"], common)
+        for line in sys.stdin:
+            call = json.loads(line)
+            answer = getattr(program, call.pop("call"))(**call)
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,12 +21,12 @@ from .messages import Outcome, Output, Request, unpack_bytes_tensor
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 # One name for what REST and gRPC each have a code for.
-_REST_STATUS = {200: "ok", 400: "invalid", 404: "not found", 413: "too large", 429: "exhausted", 504: "deadline"}
-_GRPC_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
-    grpc.StatusCode.NOT_FOUND: "not found",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "exhausted",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
+REST_STATUS = {200: "ok", 400: "invalid", 404: "not found", 413: "too large", 429: "exhausted", 504: "deadline"}
+GRPC_STATUS = {
+    "INVALID_ARGUMENT": "invalid",
+    "NOT_FOUND": "not found",
+    "RESOURCE_EXHAUSTED": "exhausted",
+    "DEADLINE_EXCEEDED": "deadline",
 }
 
 
@@ -172,7 +172,7 @@ class GrpcConnection:
         try:
             response = self.call("ModelInfer", message)
         except grpc.RpcError as error:
-            return Outcome(_GRPC_STATUS.get(error.code(), error.code().name), _assert_message(error.details()))
+            return grpc_refusal(error.code().name, error.details())
         outputs: dict[str, Output] = {}
         for index, output in enumerate(response.outputs):
             data = (
@@ -180,8 +180,12 @@ class GrpcConnection:
                 if response.raw_output_contents
                 else tuple(output.contents.bytes_contents)
             )
-            outputs[output.name] = _output(output.datatype, output.shape, data)
-        return Outcome("ok", "", response.id, response.model_name, outputs)
+            outputs[output.name] = read_output(output.datatype, output.shape, data)
+        return Outcome("ok", "", response.id, response.model_name, outputs, _plain_parameters(response.parameters))
+
+
+def _plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in parameters.items()}
 
 
 class Wire(ABC):
@@ -190,10 +194,14 @@ class Wire(ABC):
     Attributes:
         name: The wire's name, as it appears in test ids.
         carries_bytes: Whether any bytes go through, or text alone.
+        shows_tensors: Whether outcomes hold the response's shapes, id and parameters, or its answers alone.
+        no_fractions: Why parameters may not be fractions, empty where they may.
     """
 
     name: ClassVar[str]
     carries_bytes: ClassVar[bool] = True
+    shows_tensors: ClassVar[bool] = True
+    no_fractions: ClassVar[str] = ""
 
     def __enter__(self) -> Self:
         return self
@@ -202,6 +210,19 @@ class Wire(ABC):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @classmethod
+    def over_grpc(cls) -> bool:
+        """Whether it speaks gRPC, or REST."""
+        return "grpc" in cls.name
+
+    def cannot_send(self, request: Request) -> str:
+        """Returns why `request` cannot go this way, or an empty string where it can."""
+        if not self.carries_bytes and not request.is_text():
+            return "it carries text, not bytes"
+        if self.no_fractions and any(isinstance(value, float) for value in request.parameters.values()):
+            return self.no_fractions
+        return ""
 
     @abstractmethod
     def infer(self, request: Request) -> Outcome:
@@ -234,7 +255,7 @@ class RestJson(_RestWire):
     carries_bytes = False
 
     def infer(self, request: Request) -> Outcome:
-        return rest_outcome(self.connection.post(request.json_body()))
+        return rest_outcome(self.connection.post(request.json_body(), model=request.model))
 
 
 class RestBinary(_RestWire):
@@ -245,17 +266,19 @@ class RestBinary(_RestWire):
     def infer(self, request: Request) -> Outcome:
         body, json_length = request.binary_body()
         headers = {"Content-Type": "application/octet-stream", JSON_LENGTH_HEADER: str(json_length)}
-        return rest_outcome(self.connection.post(body, headers))
+        return rest_outcome(self.connection.post(body, headers, model=request.model))
 
 
 class _GrpcWire(Wire):
     raw: ClassVar[bool]
+    no_fractions = "the protocol has no fractions over gRPC; they go as strings"
 
     def __init__(self, connection: GrpcConnection) -> None:
         self.connection = connection
 
     def infer(self, request: Request) -> Outcome:
-        return self.connection.infer(grpc_message(request, self.connection.target.model, raw=self.raw))
+        model = request.model or self.connection.target.model
+        return self.connection.infer(grpc_message(request, model, raw=self.raw))
 
     def assert_alive(self) -> None:
         assert self.connection.call("ServerLive", pb.ServerLiveRequest()).live
@@ -279,10 +302,20 @@ class GrpcRaw(_GrpcWire):
 WIRES: tuple[type[Wire], ...] = (RestJson, RestBinary, GrpcContents, GrpcRaw)
 
 
+def rest_refusal(status: int, message: str) -> Outcome:
+    """Returns the outcome of a call that HTTP's `status` ended."""
+    return Outcome(REST_STATUS.get(status, f"HTTP {status}"), _assert_message(message))
+
+
+def grpc_refusal(code: str, message: str) -> Outcome:
+    """Returns the outcome of a call that the gRPC status called `code` ended."""
+    return Outcome(GRPC_STATUS.get(code, code), _assert_message(message))
+
+
 def rest_outcome(reply: Reply) -> Outcome:
     """Reads a REST response to an inference request, JSON or with the binary extension."""
     if reply.status != 200:
-        return Outcome(_REST_STATUS.get(reply.status, f"HTTP {reply.status}"), reply.error())
+        return rest_refusal(reply.status, reply.error())
     json_length = reply.headers.get(JSON_LENGTH_HEADER.lower())
     if json_length is None:
         head, tail = reply.json(), b""
@@ -295,12 +328,13 @@ def rest_outcome(reply: Reply) -> Outcome:
             data: tuple[bytes, ...] = tuple(element.encode() for element in output["data"])
         else:
             data, tail = unpack_bytes_tensor(tail[:size]), tail[size:]
-        outputs[output["name"]] = _output(output["datatype"], output["shape"], data)
+        outputs[output["name"]] = read_output(output["datatype"], output["shape"], data)
     assert not tail, f"{len(tail)} bytes too many"
-    return Outcome("ok", "", head["id"], head["model_name"], outputs)
+    return Outcome("ok", "", head["id"], head["model_name"], outputs, head.get("parameters") or {})
 
 
-def _output(datatype: str, shape: Any, data: tuple[bytes, ...]) -> Output:
+def read_output(datatype: str, shape: Iterable[Any], data: Iterable[bytes]) -> Output:
+    """Returns an output, its elements decoded."""
     return Output(datatype, tuple(int(size) for size in shape), tuple(element.decode() for element in data))
 
 
