@@ -25,6 +25,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, assert_never
 
 import numpy as np
@@ -211,6 +212,7 @@ def _dequantize(bins: Sequence[int], size: Size) -> list[int]:
     return flat
 
 
+@lru_cache(maxsize=64)
 def _pixels_per_bin(size: Size) -> np.ndarray[Any, Any]:
     return (np.asarray(size) / BINS).astype(np.float32)
 

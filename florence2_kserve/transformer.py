@@ -228,7 +228,7 @@ class Florence2Transformer(CountedModel):
             raise errors.TooLarge(f"{INPUT_IMAGE}, row {row}: {error}") from None
         except ImageError as error:
             raise errors.BadTensor(INPUT_IMAGE, str(error), row=row) from None
-        key = hashlib.blake2b(data, digest_size=16).digest()
+        key = hashlib.sha256(data).digest()  # which processors have instructions for
         return _Picture(picture.resized(self._processor.image), picture.size, key)
 
     def _prepare(self, call: InferenceCall, pictures: list[_Picture | ServiceError], deadline: float) -> _Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import struct
 import zlib
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from florence2_kserve.images import ImageError, ImageTooLarge, decode_image, resize_image
+from florence2_kserve.images import DRAFT_MARGIN, ImageError, ImageTooLarge, decode_image, resize_image
 from florence2_kserve.processor import ImageSettings
 
 MEGAPIXEL = 1_000_000
@@ -49,7 +50,11 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> byte
 
 
 def decode(data: bytes) -> Image.Image:
-    return decode_image(data, max_pixels=MEGAPIXEL)
+    """Decodes a file exactly."""
+    picture = decode_image(data, max_pixels=MEGAPIXEL)
+    assert picture.image.size == picture.size
+    assert picture.image.mode in ("RGB", "L")
+    return picture.image.convert("RGB")
 
 
 def pixels(image: Image.Image) -> list[Any]:
@@ -438,3 +443,244 @@ def test_a_decoded_picture_goes_the_whole_way_as_in_transformers() -> None:
     )
     expected = theirs(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
     assert np.array_equal(resize_image(decode(data), config).transpose(2, 0, 1), expected)
+
+
+@pytest.mark.parametrize("resample", Image.Resampling)
+def test_a_grey_picture_is_resized_as_if_it_had_colours(resample: Image.Resampling) -> None:
+    data = encode(noise(300, 200).convert("L"))
+    config = settings(96, 120, resample)
+    assert decode_image(data, max_pixels=MEGAPIXEL).image.mode == "L"
+    as_colours = resize_image(Image.open(io.BytesIO(data)).convert("RGB"), config)
+    assert np.array_equal(decode_image(data, max_pixels=MEGAPIXEL).resized(config), as_colours)
+
+
+# Drafts: the model looks at 96×96 here, so that 365 pixels are the least that is halved, 730 and 1460 the least
+# for a quarter and an eighth.
+SMALL = settings(96, 96)
+LEAST = math.ceil(DRAFT_MARGIN * 96)
+
+
+def read_both(data: bytes, config: ImageSettings = SMALL) -> tuple[Any, Any]:
+    """Returns a file's pixels as the model would get them: decoded whole, and in draft; as signed numbers."""
+    whole = decode_image(data, max_pixels=64 * MEGAPIXEL)
+    draft = decode_image(data, max_pixels=64 * MEGAPIXEL, draft_for=config)
+    assert draft.size == whole.size == whole.image.size
+    first, second = whole.resized(config), draft.resized(config)
+    assert (first.shape, first.dtype) == (second.shape, second.dtype) == ((config.height, config.width, 3), np.uint8)
+    return first.astype(int), second.astype(int)
+
+
+def decoded_size(data: bytes, config: ImageSettings = SMALL) -> tuple[int, int]:
+    return decode_image(data, max_pixels=64 * MEGAPIXEL, draft_for=config).image.size
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((2 * LEAST - 1, 900), (2 * LEAST - 1, 900)),
+        ((900, 2 * LEAST - 1), (900, 2 * LEAST - 1)),
+        ((2 * LEAST, 2 * LEAST), (LEAST, LEAST)),
+        ((2 * LEAST + 1, 900), (LEAST + 1, 450)),
+        ((4 * LEAST - 1, 1500), (2 * LEAST, 750)),
+        ((4 * LEAST, 1500), (LEAST, 375)),
+        ((8 * LEAST, 8 * LEAST), (LEAST, LEAST)),
+        ((20 * LEAST, 20 * LEAST), (-(-20 * LEAST // 8), -(-20 * LEAST // 8))),
+    ],
+    ids=str,
+)
+def test_a_draft_leaves_a_margin_over_what_the_model_looks_at(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    data = encode(draw(size), "JPEG")
+    assert decoded_size(data) == expected
+    assert decode_image(data, max_pixels=64 * MEGAPIXEL).image.size == size
+
+
+def test_pictures_of_twelve_megapixels_are_drafted_for_the_real_model() -> None:
+    assert decoded_size(encode(draw((4000, 3000)), "JPEG"), settings()) == (2000, 1500)
+
+
+def test_a_draft_for_another_shape_minds_both_sides() -> None:
+    data = encode(draw((1000, 400)), "JPEG")
+    assert decoded_size(data, settings(height=96, width=96)) == (500, 200)
+    assert decoded_size(data, settings(height=192, width=96)) == (1000, 400)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_other_formats_have_no_drafts(file_format: str) -> None:
+    whole, draft = read_both(encode(draw((800, 800)), file_format))
+    assert np.array_equal(whole, draft)
+
+
+def test_nearest_neighbours_are_looked_up_in_the_whole_picture() -> None:
+    config = settings(96, 96, Image.Resampling.NEAREST)
+    whole, draft = read_both(encode(noise(800, 800), "JPEG"), config)
+    assert np.array_equal(whole, draft)
+
+
+MODEL_SIDE = 192  # smaller than Florence-2's; only the margin counts
+
+
+def photograph(size: tuple[int, int]) -> Image.Image:
+    """Soft colours and edges, no two quarters alike, with a little noise."""
+    coarse = np.random.default_rng(3).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((size[0] // 9, size[1] // 7, size[0] // 3, size[1] // 4), fill="red")
+    pen.ellipse((size[0] // 2, size[1] // 2, size[0], size[1]), fill=(0, 90, 200))
+    grain = np.random.default_rng(4).normal(0, 3, (size[1], size[0], 1))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+
+
+def text(pixels_seen: int) -> Callable[[tuple[int, int]], Image.Image]:
+    """Returns what writes a page of letters so tall as the model sees them."""
+
+    def write(size: tuple[int, int]) -> Image.Image:
+        height = round(pixels_seen * size[0] / MODEL_SIDE)
+        image, chance = Image.new("RGB", size, "white"), random.Random(height)
+        pen, font = ImageDraw.Draw(image), ImageFont.load_default(height)
+        for y in range(0, size[1], height * 4 // 3):
+            line = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz    ABCDEFG0123456789", k=4 * size[0] // height))
+            pen.text((3, y), line, fill=(chance.randrange(120), 0, chance.randrange(120)), font=font)
+        return image
+
+    return write
+
+
+def checks(side: int) -> Callable[[tuple[int, int]], Image.Image]:
+    def draw_checks(size: tuple[int, int]) -> Image.Image:
+        y, x = np.indices((size[1], size[0]))
+        return Image.fromarray(((x // side + y // side) % 2 * 255).astype(np.uint8)).convert("RGB")
+
+    return draw_checks
+
+
+def lines(size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(image)
+    for x in range(0, size[0], 12):
+        pen.line((x, 0, size[0] - x // 2, size[1]), fill="black")
+    return image
+
+
+# By how many of 255 levels a draft may change a pixel: on average, one in a thousand, and at most. The heights are
+# those that the model sees. docs/transformer.md states all of these.
+LARGEST_DIFFERENCE = 48
+TOLERANCE: dict[str, tuple[Callable[[tuple[int, int]], Image.Image], float, float]] = {
+    "photograph": (photograph, 0.5, 8),
+    "text 16 pixels tall": (text(16), 1.5, 20),
+    "text 8 pixels tall": (text(8), 3, 24),
+    "text 4 pixels tall": (text(4), 5, 26),
+    "thin lines": (lines, 2, 32),
+    "noise": (lambda size: noise(*size), 4, 16),
+    "checks of 3 pixels": (checks(3), 1.5, 6),
+    "checks of 5 pixels": (checks(5), 6, 16),
+    "checks of 8 pixels": (checks(8), 6, 16),
+}
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("content", TOLERANCE)
+def test_a_draft_changes_pixels_within_the_stated_tolerance(content: str, parts: int) -> None:
+    draw_content, on_average, one_in_a_thousand = TOLERANCE[content]
+    config = settings(MODEL_SIDE, MODEL_SIDE)
+    side = round(1.9533 * parts * MODEL_SIDE)  # the margin that 12 megapixels have
+    data = encode(draw_content((side, side)), "JPEG", quality=88)
+    assert decoded_size(data, config)[0] < side
+    whole, draft = read_both(data, config)
+    difference = np.abs(whole - draft)
+    assert difference.mean() <= on_average
+    assert np.quantile(difference, 0.999) <= one_in_a_thousand
+    assert difference.max() <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    "size", [(2 * LEAST + 1, 2 * LEAST + 1), (4 * LEAST + 3, 4 * LEAST + 1), (1463, 1467)], ids=str
+)
+def test_a_draft_of_odd_sizes_is_not_shifted(size: tuple[int, int]) -> None:
+    whole, draft = read_both(encode(photograph(size), "JPEG", quality=95, subsampling=0))
+    edges = np.abs(whole - draft)[:, -3:]
+    assert np.abs(whole - draft).mean() < 0.6
+    assert edges.mean() < 1
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("upright_size", [(801, 603), (603, 801)], ids=str)
+def test_a_draft_is_turned_upright(upright_size: tuple[int, int], orientation: int) -> None:
+    upright, turn = photograph(upright_size), STORED[orientation]
+    stored = upright if turn is None else upright.transpose(turn)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encode(stored, "JPEG", exif=exif, quality=95)
+    config = settings(height=96, width=120)
+    assert max(decoded_size(data, config)) == 401
+    whole, draft = read_both(data, config)
+    assert decode_image(data, max_pixels=MEGAPIXEL, draft_for=config).size == upright_size
+    assert np.abs(whole - draft).mean() < 1
+    assert np.abs(draft - resize_image(upright, config).astype(int)).mean() < 3
+
+
+def test_a_sideways_draft_minds_the_side_that_it_ends_up_on() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encode(draw((1000, 400)), "JPEG", exif=exif)
+    assert decoded_size(data, settings(height=192, width=96)) == (500, 200)
+    assert decoded_size(data, settings(height=96, width=192)) == (400, 1000)  # whole, as 400 pixels become the width
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00", b"nonsense", bytes(100)])
+def test_a_draft_minds_no_broken_exif(exif: bytes) -> None:
+    assert decoded_size(encode(draw((800, 600)), "JPEG", exif=exif)) == (400, 300)
+
+
+JPEGS: dict[str, Callable[[], bytes]] = {
+    "baseline": lambda: encode(photograph((800, 600)), "JPEG"),
+    "progressive": lambda: encode(photograph((800, 600)), "JPEG", progressive=True),
+    "full resolution for colours": lambda: encode(photograph((800, 600)), "JPEG", subsampling=0),
+    "grey": lambda: encode(photograph((800, 600)).convert("L"), "JPEG"),
+    "CMYK": lambda: encode(photograph((800, 600)).convert("CMYK"), "JPEG"),
+    "several pictures": lambda: encode(
+        photograph((800, 600)), "MPO", save_all=True, append_images=[Image.new("RGB", (800, 600))]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_every_kind_of_jpeg_is_drafted(kind: str) -> None:
+    data = JPEGS[kind]()
+    assert decoded_size(data) == (400, 300)
+    whole, draft = read_both(data)
+    assert np.abs(whole - draft).mean() < 1
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_half_a_jpeg_is_refused_in_draft_too(kind: str) -> None:
+    data = JPEGS[kind]()
+    with pytest.raises(ImageError, match="file is damaged or cut short"):
+        decode_image(data[: len(data) // 3], max_pixels=MEGAPIXEL, draft_for=SMALL)
+
+
+def test_the_limit_on_pixels_counts_the_whole_picture() -> None:
+    data = encode(draw((800, 600)), "JPEG")
+    assert decode_image(data, max_pixels=480_000, draft_for=SMALL).size == (800, 600)
+    with pytest.raises(ImageTooLarge, match=r"has 800×600 pixels, 479,999 are allowed"):
+        decode_image(data, max_pixels=479_999, draft_for=SMALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_jpeg_with_wrong_bytes_is_refused_or_read_in_draft_too() -> None:
+    data, chance = encode(photograph((400, 400)), "JPEG"), random.Random(0)
+    sizes = set()
+    for _ in range(300):
+        spoilt = bytearray(data)
+        for _ in range(chance.randint(1, 4)):
+            end = len(spoilt) if chance.random() < 0.4 else 640  # the headers
+            spoilt[chance.randrange(end)] = chance.randrange(256)
+        try:
+            picture = decode_image(bytes(spoilt), max_pixels=4 * MEGAPIXEL, draft_for=SMALL)
+        except ImageError:
+            sizes.add(None)
+            continue
+        sizes.add(picture.image.size)
+        assert picture.resized(SMALL).shape == (96, 96, 3)
+    assert {None, (200, 200)} <= sizes

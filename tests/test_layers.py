@@ -11,6 +11,7 @@ BASE = [
     "check",
     "cli",
     "client",
+    "cpus",
     "demo",
     "engine.interface",
     "engine.metrics",
@@ -35,6 +36,7 @@ BASE = [
 ENGINE = [
     "benchmark",
     "benchmark.run",
+    "benchmark.transformer",
     "engine.engine",
     "engine.interface",
     "tasks",

@@ -57,17 +57,17 @@ def parse(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     parser.add_argument("--quick", action="store_true", help="the smallest setting, inside a minute: --size quick")
     parser.add_argument("--load", type=_names(LoadName), dest="loads", help=f"of {', '.join(get_args(LoadName))}")
     parser.add_argument("--baselines", type=_names(PolicyName), help=f"of {', '.join(get_args(PolicyName))}")
-    parser.add_argument("--requests", type=_count, help="requests of each load")
-    parser.add_argument("--repeats", type=_count, help="interleaved repetitions; medians are taken")
+    parser.add_argument("--requests", type=natural_number, help="requests of each load")
+    parser.add_argument("--repeats", type=natural_number, help="interleaved repetitions; medians are taken")
     parser.add_argument("--length-scale", type=_positive, help="factor on the table's output lengths")
-    parser.add_argument("--concurrency", type=_count, default=defaults.concurrency)
-    parser.add_argument("--max-batch-size", type=_count, default=defaults.max_batch_size)
-    parser.add_argument("--num-beams", type=_count, default=defaults.num_beams)
+    parser.add_argument("--concurrency", type=natural_number, default=defaults.concurrency)
+    parser.add_argument("--max-batch-size", type=natural_number, default=defaults.max_batch_size)
+    parser.add_argument("--num-beams", type=natural_number, default=defaults.num_beams)
     parser.add_argument("--rate", type=_positive, help="requests a second of the open load")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--dtype", choices=get_args(DtypeName), default=defaults.dtype)
     parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
-    parser.add_argument("--threads", type=_count, help="threads of a CPU")
+    parser.add_argument("--threads", type=natural_number, help="threads of a CPU")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--vision-backend", choices=get_args(BackendName), default=defaults.vision_backend)
     parser.add_argument("--compile-vision", action="store_true")
@@ -97,7 +97,12 @@ class _names:  # noqa: N801 (stands where argparse takes a function)
         return names
 
 
-def _count(text: str) -> int:
+def natural_number(text: str) -> int:
+    """Reads an option's value.
+
+    Raises:
+        ArgumentTypeError: If it is less than 1.
+    """
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")

@@ -97,7 +97,7 @@ class Report:
             for point in points
         ]
         header = ("rows in flight", "ms a step", "roofline ms", "reached", "tokens/s", "items/s", "host syncs/token")
-        print(_table([header, *rows]))
+        print(table([header, *rows]))
         self._save()
 
     def add_tower(self, profile: str, images: int, seconds: Mapping[str, float], flops: float) -> None:
@@ -143,7 +143,7 @@ class Report:
             )
             for side, figures in sides.items()
         ]
-        print(f" {key}\n{_table([header, *rows])}")
+        print(f" {key}\n{table([header, *rows])}")
         ours = sides["ours"]
         if "vision_share_of_seconds" in ours and "card" not in self.data["machine"]:
             reached = ours["tower_flops_per_second"] / (self.data["machine"]["peak_gflops"] * 1e9)
@@ -156,7 +156,7 @@ class Report:
     def finish(self) -> None:
         """Prints all ratios, and draws the picture."""
         print("\n== ratios (of speed: ours ÷ baseline's; p50, p95: ours ÷ baseline's latency)")
-        print(_table([(name, f"{value:.3f}") for name, value in self.data["ratios"].items()]))
+        print(table([(name, f"{value:.3f}") for name, value in self.data["ratios"].items()]))
         self._save()
         if self._plot is not None:
             draw_plot(self.data, self._plot)
@@ -200,7 +200,8 @@ def _agreement(comparison: Comparison) -> str:
     return text
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of words as a table for a terminal, its columns as wide as they have to be."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "   "

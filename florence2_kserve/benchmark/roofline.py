@@ -68,7 +68,7 @@ def step_seconds(
 
 def describe_machine(device: torch.device, dtype: torch.dtype, peak: Peak) -> dict[str, Any]:
     """Returns what a reader must know of the machine to make sense of a timing."""
-    model, features = _read_cpu()
+    model, features = read_cpu()
     machine: dict[str, Any] = {
         "cpu": model,
         "cpu_features": [name for name in _CPU_FEATURES if name in features],
@@ -107,7 +107,8 @@ def _best_seconds(function: Callable[[], Any], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def _read_cpu() -> tuple[str, set[str]]:
+def read_cpu() -> tuple[str, set[str]]:
+    """Returns the processor's name and what it can do, in the kernel's words; "" and nothing where it doesn't say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux

@@ -53,6 +53,8 @@ PLATFORM, EMBEDDED_PLATFORM = "florence2_safetensors", "florence2_embedded"
 
 # Request parameters that belong to the wire format and not to us.
 _TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})
+_WHITE_SPACE = b" \t\n\r\v\f"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
@@ -295,7 +297,10 @@ def decode_base64(value: bytes) -> bytes:
     Raises:
         ValueError: If it isn't base64.
     """
-    compact = b"".join(value.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return pybase64.b64decode(value, validate=True)  # as nearly all is sent, and many times as fast as the rest
+    except binascii.Error:
+        compact = value.translate(_URL_SAFE, _WHITE_SPACE).rstrip(b"=")
     try:
         return pybase64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
     except binascii.Error as error:
