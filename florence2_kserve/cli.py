@@ -1,4 +1,4 @@
-"""The command line: ``florence2 transformer | predictor | serve | infer | check | demo | benchmark | …``.
+"""The command line: ``florence2 transformer | predictor | serve | infer | batch | check | doctor | …``.
 
 Server commands take every field of ``Settings`` that means something to them as a flag, with
 hyphens or underscores, so that what KServe's controller injects fits.
@@ -7,7 +7,6 @@ hyphens or underscores, so that what KServe's controller injects fits.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,11 @@ import typer
 from pydantic import ValidationError
 
 from florence2_kserve import __version__
+from florence2_kserve.batch.command import batch
+from florence2_kserve.doctor import doctor
+from florence2_kserve.exit_codes import ExitCode
+from florence2_kserve.infer import infer, tasks
+from florence2_kserve.options import MODEL_NAME, Headers, ModelName, read_headers
 from florence2_kserve.settings import ENV_PREFIX, PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Settings
 
 app = typer.Typer(
@@ -28,16 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-_ModelName = Annotated[str, typer.Option(help="The model's name.")]
-_Headers = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="'NAME: VALUE'",
-        help="Sent with every call, e.g. 'Host: florence2.example.com' (over gRPC the authority); may be repeated.",
-    ),
-]
 
 
 def settings_command(name: str, fields: Sequence[str]) -> Callable[[Callable[[Settings], None]], None]:
@@ -124,48 +118,16 @@ def serve(settings: Settings) -> None:
     raise typer.Exit(run_local(settings))
 
 
-@app.command()
-def infer(
-    image: Annotated[Path, typer.Argument(help="An image file.", exists=True, dir_okay=False)],
-    task: Annotated[str, typer.Option(help="Task prompt, with or without angle brackets.")] = "<CAPTION>",
-    text: Annotated[str | None, typer.Option(help="Text or region, for tasks that take one.")] = None,
-    url: Annotated[
-        str | None, typer.Option(help="A running service, http://… or grpc://…; without it one is started.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Checkpoint, where a service is started.")] = "embedded",
-    num_beams: Annotated[int | None, typer.Option(help="Beams.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Bound on generated tokens.")] = None,
-    model_name: _ModelName = Settings.model_fields["model_name"].default,
-    header: _Headers = None,
-) -> None:
-    """Answer one question about one image and print the JSON."""
-    from florence2_kserve.client import ClientError, Florence2Client
-    from florence2_kserve.local import LocalService
-
-    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-    parameters = {key: value for key, value in options.items() if value is not None}
-
-    def ask(address: str) -> None:
-        with Florence2Client(address, model_name=model_name, headers=_read_headers(header)) as client:
-            typer.echo(json.dumps(client.infer(image, task, text, **parameters), ensure_ascii=False))
-
-    try:
-        if url is not None:
-            ask(url)
-        else:
-            with LocalService(model=model, model_name=model_name) as service:
-                ask(service.rest_url)
-    except (ClientError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+app.command()(infer)
+app.command()(batch)
 
 
 @app.command()
 def check(
     url: Annotated[str, typer.Option(help="The service, http://…, https://… or grpc://….")],
     grpc: Annotated[bool, typer.Option("--grpc", help="Speak gRPC, whatever the URL begins with.")] = False,
-    header: _Headers = None,
-    model_name: _ModelName = Settings.model_fields["model_name"].default,
+    header: Headers = None,
+    model_name: ModelName = MODEL_NAME,
     wait: Annotated[
         float, typer.Option(help="Seconds in which it has to become ready and give a first answer.", min=0)
     ] = 60,
@@ -177,11 +139,15 @@ def check(
     address = f"grpc://{url.partition('://')[2] or url}" if grpc else url
     try:
         code = run_check(
-            address, model_name=model_name, headers=_read_headers(header), wait=wait, timeout=timeout, say=typer.echo
+            address, model_name=model_name, headers=read_headers(header), wait=wait, timeout=timeout, say=typer.echo
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--url") from None
     raise typer.Exit(code)
+
+
+app.command()(doctor)
+app.command()(tasks)
 
 
 @app.command()
@@ -201,7 +167,11 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def benchmark(context: typer.Context) -> None:
-    """Compare the engine with transformers' generate on static batches; --help lists its options."""
+    """Compare the engine (or, as `benchmark transformer`, the transformer) with transformers; --help lists options."""
+    if context.args[:1] == ["transformer"]:
+        from florence2_kserve.benchmark.transformer import main as run_transformer
+
+        raise typer.Exit(run_transformer(context.args[1:]))
     from florence2_kserve.benchmark.__main__ import main as run
 
     raise typer.Exit(run(context.args))
@@ -225,16 +195,6 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _read_headers(lines: Sequence[str] | None) -> dict[str, str]:
-    headers = {}
-    for line in lines or ():
-        name, colon, value = line.partition(":")
-        if not colon or not name.strip():
-            raise typer.BadParameter(f"has to be 'NAME: VALUE', not {line!r}", param_hint="--header")
-        headers[name.strip()] = value.strip()
-    return headers
-
-
 def _serve(run: Callable[[], None]) -> None:
     """Runs a server; what makes it fail at start is said in one line, and the process ends with 1."""
     from kserve.logging import logger
@@ -248,7 +208,7 @@ def _serve(run: Callable[[], None]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         # Threads of a broken engine must not keep the process alive.
-        os._exit(1)
+        os._exit(ExitCode.FAILED)
 
 
 def complete_switches(arguments: Sequence[str]) -> list[str]:

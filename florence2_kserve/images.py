@@ -161,7 +161,8 @@ def _decode_draft(image: Image.Image, settings: ImageSettings) -> Picture | None
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     whole = image.size
     width, height = (math.ceil(DRAFT_MARGIN * side) for side in (settings.width, settings.height))
-    if whole[0] < 2 * (least := _sideways((width, height), turn))[0] or whole[1] < 2 * least[1]:
+    least = _sideways((width, height), turn)
+    if whole[0] < 2 * least[0] or whole[1] < 2 * least[1]:
         return None
     drafted = image.draft(None, least)
     if drafted is None:

@@ -115,7 +115,13 @@ class LocalService:
     def __enter__(self) -> Self:
         command = self._start + [f"--{name.replace('_', '-')}={value}" for name, value in self._flags.items()]
         # A session of its own: Ctrl-C in a terminal then reaches the service through us alone, once.
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
         end = time.monotonic() + self._timeout
         name = str(self._flags.get("model_name", Settings.model_fields["model_name"].default))
         try:

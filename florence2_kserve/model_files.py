@@ -6,6 +6,7 @@ opened, so it is neither downloaded nor opened; nor is Python code that lies bes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -159,6 +160,12 @@ def _await(path: Path) -> None:
     end = time.monotonic() + _AWAIT_S
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
+
+
+def embedded_revision(files: ModelFiles) -> str:
+    """Returns what tells the embedded checkpoint from those of other versions: a hash of its weights."""
+    with open(files.folder / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _download(reference: str, revision: str | None, with_weights: bool) -> Path:

@@ -191,6 +191,11 @@ def _schemas(settings: Settings) -> dict[str, Any]:
                 "name": {"const": settings.model_name},
                 "versions": {"type": "array", "items": {"type": "string"}},
                 "platform": {"type": "string"},
+                "properties": {
+                    "type": "object",
+                    "description": "The checkpoint: model and revision.",
+                    "additionalProperties": {"type": "string"},
+                },
                 "inputs": {"type": "array", "items": {"type": "object"}},
                 "outputs": {"type": "array", "items": {"type": "object"}},
             },

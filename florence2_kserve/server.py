@@ -32,6 +32,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence2_kserve import __version__, errors
+from florence2_kserve.protocol import wire
 from florence2_kserve.protocol.public import PLATFORM
 from florence2_kserve.protocol.rest import decode_request, encode_response
 from florence2_kserve.protocol.tensors import check_datatype
@@ -63,7 +64,11 @@ class TruthfulDataPlane(DataPlane):
     async def model_metadata(self, model_name: str) -> dict[str, Any]:
         """Returns the V2 metadata of a model."""
         model = self.get_model_from_registry(model_name)
-        return await super().model_metadata(model_name) | {"platform": _platform(model), "versions": [VERSION]}
+        return await super().model_metadata(model_name) | {
+            "platform": _platform(model),
+            "versions": [VERSION],
+            "properties": _properties(model),
+        }
 
     def model_configuration(self, model_name: str) -> dict[str, Any]:
         """Returns the configuration of a model, as Triton's extension has it."""
@@ -179,6 +184,10 @@ class _Servicer(InferenceServicer):
         check_version(request.name, request.version)
         metadata = await super().ModelMetadata(request, context)
         metadata.versions[:] = [VERSION]  # the SDK's servicer leaves it out
+        more = wire.MESSAGES["ModelMetadataResponse"](
+            properties=_properties(self._data_plane.get_model_from_registry(request.name))
+        )
+        metadata.MergeFromString(more.SerializeToString())
         return metadata
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802, the protocol's name
@@ -532,6 +541,11 @@ async def _until_stopped(stopping: asyncio.Task[Any], parts: list[asyncio.Future
 
 def _platform(model: Any) -> str:
     return getattr(model, "platform", PLATFORM)
+
+
+def _properties(model: Any) -> dict[str, str]:
+    """Returns what tells a model's checkpoint from others, in words."""
+    return getattr(model, "properties", {})
 
 
 def _not_ready(dataplane: TruthfulDataPlane) -> errors.Unavailable:

@@ -18,7 +18,7 @@ from florence2_kserve.answers import generated_text, mask_answer, parse_answer, 
 from florence2_kserve.cpus import available_cpus
 from florence2_kserve.errors import ServiceError, from_grpc_status
 from florence2_kserve.images import ImageError, ImageTooLarge, decode_image
-from florence2_kserve.model_files import EMBEDDED, locate_model
+from florence2_kserve.model_files import EMBEDDED, embedded_revision, locate_model
 from florence2_kserve.openapi import document
 from florence2_kserve.predictor_client import PredictorClient
 from florence2_kserve.processor import Processor
@@ -96,6 +96,7 @@ class Florence2Transformer(CountedModel):
         self._settings = settings
         files = locate_model(settings.model, revision=settings.model_revision, with_weights=False)
         self._processor = Processor.load(files)
+        self._revision = embedded_revision(files) if settings.model == EMBEDDED else files.revision
         self._predictor = PredictorClient(settings, self._processor.pad_token_id)
         self._bounds = Bounds(
             settings.max_rows,
@@ -112,6 +113,11 @@ class Florence2Transformer(CountedModel):
     def platform(self) -> str:
         """What model metadata says of the model's kind."""
         return EMBEDDED_PLATFORM if self._settings.model == EMBEDDED else PLATFORM
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Which checkpoint it is, as far as its folder tells; answers of the same one are the same."""
+        return {"model": self._settings.model, "revision": self._revision or ""}
 
     @property
     def max_batch_size(self) -> int:

@@ -8,18 +8,25 @@ import sys
 
 BASE = [
     "answers",
+    "batch.command",
+    "batch.ledger",
+    "batch.run",
+    "batch.sources",
     "check",
     "cli",
     "client",
     "cpus",
     "demo",
+    "doctor",
     "engine.interface",
     "engine.metrics",
     "errors",
     "images",
+    "infer",
     "local",
     "metrics",
     "model_files",
+    "options",
     "predictor_client",
     "processor",
     "protocol.internal",
@@ -45,7 +52,9 @@ ENGINE = [
     "tiny.train",
     "weights",
 ]
-CLIENT = ["check", "client", "settings", "cli", "local"]
+CLIENT = (
+    "check client settings cli local batch.command batch.ledger batch.run batch.sources doctor infer options".split()
+)
 
 
 def intruders(modules: list[str], *forbidden: str) -> dict[str, list[str]]:

@@ -46,6 +46,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "platform": (3, "string"),
         "inputs": (4, "TensorMetadata[]"),
         "outputs": (5, "TensorMetadata[]"),
+        "properties": (6, "string{}"),  # ours: the SDK's messages know no such field, and pass it on
     },
     "InferParameter": {"bool_param": (1, "bool|"), "int64_param": (2, "int64|"), "string_param": (3, "string|")},
     "InferTensorContents": {
@@ -118,13 +119,11 @@ def _build() -> dict[str, Any]:
                 entry = message.nested_type.add(name="".join(w.title() for w in field_name.split("_")) + "Entry")
                 entry.options.map_entry = True
                 entry.field.add(name="key", number=1, label=proto.LABEL_OPTIONAL, type=proto.TYPE_STRING)
-                entry.field.add(
-                    name="value",
-                    number=2,
-                    label=proto.LABEL_OPTIONAL,
-                    type=proto.TYPE_MESSAGE,
-                    type_name=f".inference.{base}",
-                )
+                value = entry.field.add(name="value", number=2, label=proto.LABEL_OPTIONAL)
+                if base in _MESSAGES:
+                    value.type, value.type_name = proto.TYPE_MESSAGE, f".inference.{base}"
+                else:
+                    value.type = getattr(proto, f"TYPE_{base.upper()}")
                 field.type, field.type_name = proto.TYPE_MESSAGE, f".inference.{message_name}.{entry.name}"
             elif base in _MESSAGES:
                 field.type, field.type_name = proto.TYPE_MESSAGE, f".inference.{base}"
