@@ -16,7 +16,7 @@ from florence2_kserve.client import ClientError, Florence2Client, UnavailableErr
 from florence2_kserve.local import LocalService, free_port
 
 from .name_server import NameServer
-from .test_client import png
+from .client.pictures import png
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 

@@ -11,7 +11,7 @@ import requests
 from florence2_kserve.client import Florence2Client
 from florence2_kserve.local import LocalService
 
-from .test_client import png
+from .client.pictures import png
 
 # The command line in a process that notes each path that Python opens for writing, makes, moves or removes.
 NOTING = """

@@ -19,7 +19,13 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import orjson
 
-from florence2_kserve.client.errors import ClientError, OverloadedError, UnavailableError, reading_an_answer
+from florence2_kserve.client.errors import (
+    ClientError,
+    DeadlineError,
+    OverloadedError,
+    UnavailableError,
+    reading_an_answer,
+)
 from florence2_kserve.client.jobs import Image, ImageSource, Job, Outcome
 from florence2_kserve.client.results import Answer, gives_masks, read_answer
 from florence2_kserve.protocol.public import (
@@ -173,13 +179,20 @@ class BaseClient:
         """Sends `call` until it is answered, refused for good, or time or retries are over."""
         end = time.monotonic() + self.timeout
         attempt = 0
+        reason: ClientError | None = None
         while True:
             try:
                 return (yield Send(call, max(0.001, end - time.monotonic())))
             except (OverloadedError, UnavailableError) as error:
+                reason = error
                 pause = _pause_after(error, attempt)
                 if attempt >= self.retries or time.monotonic() + pause >= end:
                     raise
+            except DeadlineError as error:
+                # The time left for one more try was too short; what kept the others from being answered says more.
+                if reason is None or time.monotonic() < end:
+                    raise
+                raise reason from error
             attempt += 1
             with self._counting:
                 self.retries_made += 1

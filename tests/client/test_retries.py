@@ -9,12 +9,18 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from email.utils import formatdate
 from itertools import pairwise
-from time import time
+from time import sleep, time
 
 import pytest
 
-from florence2_kserve.client import Florence2Client, InvalidRequestError, OverloadedError, UnavailableError
-from florence2_kserve.client.core import _pause_after
+from florence2_kserve.client import (
+    DeadlineError,
+    Florence2Client,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from florence2_kserve.client.core import BaseClient, Pause, Query, Send, _pause_after
 from florence2_kserve.client.errors import read_retry_after
 from florence2_kserve.local import LocalService
 from tests.client.pictures import png
@@ -100,6 +106,28 @@ def test_retries_end_with_the_time(open_client, small_server, behaviour):
         with pytest.raises(UnavailableError):
             client.infer(b"7", "<CAPTION>")
         assert client.retries_made < 10
+
+
+def test_a_last_try_without_time_tells_why_the_others_failed():
+    """The core alone: what is sent, and what comes of it, is told by hand."""
+    steps = BaseClient("florence2", timeout=0.4, retries=5)._insist(Query.METADATA)
+    assert isinstance(next(steps), Send)
+    assert isinstance(steps.throw(UnavailableError("no predictor", 503)), Pause)
+    last = steps.send(None)
+    assert isinstance(last, Send)
+    assert last.timeout < 0.4
+    sleep(0.4)
+    with pytest.raises(UnavailableError, match="no predictor"):
+        steps.throw(DeadlineError("no answer within 0.0 s"))
+
+
+def test_a_deadline_that_the_server_tells_is_told():
+    steps = BaseClient("florence2", timeout=60, retries=5)._insist(Query.METADATA)
+    next(steps)
+    steps.throw(UnavailableError("no predictor", 503))
+    steps.send(None)
+    with pytest.raises(DeadlineError, match="too late"):
+        steps.throw(DeadlineError("too late", 504))
 
 
 def test_connections_are_used_again(open_client, behaviour):
