@@ -15,8 +15,8 @@ import requests
 from florence2_kserve.client import ClientError, Florence2Client, UnavailableError
 from florence2_kserve.local import LocalService, free_port
 
-from .name_server import NameServer
 from .client.pictures import png
+from .name_server import NameServer
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
