@@ -59,7 +59,7 @@ _POLYGONS_BEGIN = re.compile(f"<loc_|{POLY}")
 _INSTANCE = re.compile(f"{POLY}(.*?){END_POLY}")
 _LAST_LOCATIONS = re.compile(rf"(?:{_LOCATION})++\Z")
 _REGION = re.compile(r"(?:<loc_(?:0|[1-9][0-9]{0,2})>){4}")
-_FEWEST_COORDINATES = 6  # of a polygon with an area
+FEWEST_COORDINATES = 6  # of a polygon with an area
 _REGION_FORMS = "<loc_…> four times, or a pixel box [x1,y1,x2,y2]"
 
 
@@ -137,15 +137,21 @@ def mask_answer(answer: Answer, image_size: Size) -> dict[str, list[Any]]:
     if not isinstance(answer, dict) or "polygons" not in answer:
         return {"masks": [], "labels": []}
     labels = answer["polygons_labels"] if "polygons_labels" in answer else answer["labels"]
-    return {"masks": [_run_lengths(instance, image_size) for instance in answer["polygons"]], "labels": labels}
+    return {"masks": [run_lengths(instance, image_size) for instance in answer["polygons"]], "labels": labels}
 
 
-def _run_lengths(polygons: list[list[int]], size: Size) -> dict[str, Any]:
+def run_lengths(polygons: Sequence[Sequence[float]], size: Size) -> dict[str, Any]:
+    """Returns one instance's polygons as a mask, as ``mask_answer`` does.
+
+    Args:
+        polygons: [x1, y1, x2, y2, …] each, in pixels.
+        size: (width, height) of the image as sent, in pixels.
+    """
     from pycocotools import mask
 
     width, height = size
     # pycocotools takes four numbers for a box, and no polygon at all for an error.
-    areas = [polygon for polygon in polygons if len(polygon) >= _FEWEST_COORDINATES] or [[0] * _FEWEST_COORDINATES]
+    areas = [list(polygon) for polygon in polygons if len(polygon) >= FEWEST_COORDINATES] or [[0] * FEWEST_COORDINATES]
     runs = mask.merge(mask.frPyObjects(areas, height, width))
     return {"size": [height, width], "counts": runs["counts"].decode()}
 
@@ -355,7 +361,7 @@ def _find_polygons(text: str, size: Size, *, labeled: bool = False) -> Iterator[
         label = _label(text[item_begin : begin.start()]) if begin else None
         if begin is None or label is None:
             continue
-        instances = [match.span()]
+        instances = [(begin.start() if labeled else match.start(), match.end())]
         if POLY in match[0] and END_POLY in match[0]:
             instances = [instance.span(1) for instance in _INSTANCE.finditer(text, *match.span())]
         for span in instances:

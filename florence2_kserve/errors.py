@@ -12,6 +12,8 @@ import math
 from grpc import StatusCode
 from grpc_interceptor.exceptions import GrpcException
 
+_LONGEST_DETAILS = 1000
+
 
 class ServiceError(GrpcException):
     """Base of all errors reported to clients.
@@ -27,6 +29,8 @@ class ServiceError(GrpcException):
     status_code: StatusCode = StatusCode.INTERNAL
 
     def __init__(self, details: str, *, retry_after_s: float | None = None) -> None:
+        if len(details) > _LONGEST_DETAILS:  # they may quote the client, and gRPC drops a status of over 16 KiB
+            details = f"{details[: _LONGEST_DETAILS - 1]}…"
         super().__init__(details=details)
         self.retry_after_s = retry_after_s
 

@@ -11,11 +11,13 @@ from florence2_kserve.protocol.public import (
     FINISH_REASON,
     INPUT_IMAGE,
     INPUTS,
+    MASKS,
     OUTPUTS,
     PARSED_JSON,
     SCORES,
     TASK_PROMPT,
     TEXT_PROMPT,
+    TRANSPORT_PARAMETERS,
     GenerationOptions,
 )
 from florence2_kserve.settings import Settings
@@ -123,10 +125,6 @@ def _example(
 
 
 def _schemas(settings: Settings) -> dict[str, Any]:
-    parameters = GenerationOptions.model_json_schema()
-    for name, most in (("num_beams", settings.max_num_beams), ("max_new_tokens", settings.max_new_tokens)):
-        if most is not None:
-            parameters["properties"][name]["description"] = f"At most {most} on this server."
     texts = ", ".join(task.name for task in TASKS.values() if task.takes is TaskInput.TEXT)
     regions = ", ".join(task.name for task in TASKS.values() if task.takes is TaskInput.REGION)
     elements = {
@@ -141,7 +139,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
             "required": ["inputs"],
             "properties": {
                 "id": {"type": "string"},
-                "parameters": parameters,
+                "parameters": _parameters(settings),
                 "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/RequestTensor"}},
                 "outputs": {
                     "type": "array",
@@ -171,20 +169,17 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         },
         "ResponseTensor": _tensor(
             OUTPUTS,
-            f"{PARSED_JSON} and {SCORES} hold JSON keyed by the task prompt, of the form of the schema Answers.",
+            f"{PARSED_JSON}, {SCORES} and {MASKS} hold JSON, of the form of the schemas Answers, Scores and Masks.",
         ),
-        "Answers": {
-            "type": "object",
-            "description": "One key: the task prompt. Coordinates are pixels of the picture as shown. In its place a "
-            "partial request has error for a row that can't be answered.",
-            "properties": {
-                **{task.name: _ANSWERS[task.answer] for task in TASKS.values()},
-                "error": {
-                    "type": "object",
-                    "properties": {"status": {"type": "integer"}, "message": {"type": "string"}},
-                },
-            },
-        },
+        "Answers": _by_task(
+            "Coordinates are pixels of the picture as shown.",
+            {task.name: _ANSWERS[task.answer] for task in TASKS.values()},
+        ),
+        "Scores": _by_task(
+            "Lists run parallel to those of the answer.",
+            {task.name: _scores_of(_ANSWERS[task.answer]) for task in TASKS.values()},
+        ),
+        "Masks": _by_task("One of each instance of the answer's polygons.", dict.fromkeys(TASKS, _MASKS)),
         "ModelMetadata": {
             "type": "object",
             "properties": {
@@ -202,6 +197,41 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         },
         "Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}},
     }
+
+
+def _parameters(settings: Settings) -> dict[str, Any]:
+    """Returns the schema of request parameters; the server's bounds are among their descriptions."""
+    schema = GenerationOptions.model_json_schema()
+    for name, parameter in schema["properties"].items():
+        kinds = parameter.pop("anyOf", None) or [{"type": parameter.pop("type")}]
+        schema["properties"][name] = parameter | {"anyOf": [*kinds, {"type": "string"}]}
+    for name, most in (("num_beams", settings.max_num_beams), ("max_new_tokens", settings.max_new_tokens)):
+        if most is not None:
+            schema["properties"][name]["description"] = f"At most {most} on this server."
+    schema["properties"] |= {name: {"type": "boolean"} for name in sorted(TRANSPORT_PARAMETERS)}
+    return schema
+
+
+def _by_task(description: str, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    error = {"type": "object", "properties": {"status": {"type": "integer"}, "message": {"type": "string"}}}
+    return {
+        "type": "object",
+        "description": f"One key: the task prompt, or error, for a row of a partial request. {description}",
+        "properties": {**schemas, "error": error},
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+    }
+
+
+def _scores_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    score = {"type": "number", "minimum": 0, "maximum": 1}
+    properties: dict[str, Any] = {"sequence": {"type": "number"}}
+    if answer["type"] == "string":
+        properties["text"] = score
+    else:
+        properties |= {name: {"type": "array", "items": score} for name in answer["properties"]}
+    return {"type": "object", "required": list(properties), "properties": properties}
 
 
 def _tensor(names: Sequence[str], description: str) -> dict[str, Any]:
@@ -246,6 +276,13 @@ _PLACES = {
     "quad_boxes": _coordinates(8, 8),
     "polygons": {"type": "array", "items": _coordinates(0)},
 }
+_MASK = {
+    "type": "object",
+    "description": "COCO's compressed run lengths; size is height and width.",
+    "required": ["size", "counts"],
+    "properties": {"size": _coordinates(2, 2), "counts": {"type": "string"}},
+}
+_MASKS = _lists(("masks", "labels"), of={"masks": _MASK})
 _BOXES = _lists(("bboxes", "labels"), of=_PLACES)
 _ANSWERS: Mapping[AnswerKind, dict[str, Any]] = {
     AnswerKind.TEXT: {"type": "string"},

@@ -94,6 +94,8 @@ class Florence2Predictor(CountedModel):
     healthy nor alive, and its server ends soon after.
     """
 
+    image_input = "pixel_values"
+
     def __init__(self, settings: Settings, engine_factory: EngineFactory = build_engine) -> None:
         super().__init__(settings.model_name)
         self._settings = settings
@@ -218,7 +220,7 @@ class Florence2Predictor(CountedModel):
             # Beyond the deadline: rows whose time is over answer that by themselves.
             waiting = [asyncio.wrap_future(future) for future in futures]
             await asyncio.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            return [self._outcome(row, future, seconds) for row, future in enumerate(waiting)]
+            return [_outcome(row, future, seconds) for row, future in enumerate(waiting)]
         except InvalidRequest as error:
             raise errors.BadTensor(error.field, str(error), row=error.row) from None
         except QueueFull as error:
@@ -231,22 +233,6 @@ class Florence2Predictor(CountedModel):
             # On a cancel or an error nobody waits for the other rows.
             for future in futures:
                 future.cancel()
-
-    def _outcome(
-        self, row: int, future: asyncio.Future[GenerationResult], seconds: float
-    ) -> GenerationResult | ServiceError:
-        """Returns what a row of a partial call has come to."""
-        if not future.done():
-            return _too_late(seconds)
-        match future.exception():
-            case None:
-                return future.result()
-            case DeadlineExceeded():
-                return _too_late(seconds)
-            case EngineStopped() as error:
-                return self._stopped(error)
-            case error:
-                return _row_error(row, error)
 
     def _stopped(self, error: EngineStopped) -> ServiceError:
         reason = self.failure if self._fatal.done() else None
@@ -277,6 +263,25 @@ def _requests(call: GenerateCall, image_keys: list[bytes], deadline: float) -> l
         )
         for input_ids, image, max_new_tokens in zip(call.input_ids, call.image_index, call.max_new_tokens, strict=True)
     ]
+
+
+def _outcome(row: int, future: asyncio.Future[GenerationResult], seconds: float) -> GenerationResult | ServiceError:
+    """Returns what a row of a partial call has come to.
+
+    Raises:
+        EngineStopped: If the engine ended under it: another predictor can answer the whole call.
+    """
+    if not future.done():
+        return _too_late(seconds)
+    match future.exception():
+        case None:
+            return future.result()
+        case DeadlineExceeded():
+            return _too_late(seconds)
+        case EngineStopped() as error:
+            raise error
+        case error:
+            return _row_error(row, error)
 
 
 async def _result(row: int, future: Future[GenerationResult]) -> GenerationResult:

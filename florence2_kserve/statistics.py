@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from kserve import Model
-from kserve.protocol.infer_type import InferResponse
+from kserve.protocol.infer_type import InferRequest, InferResponse
 from prometheus_client import Counter, Gauge
 
 SUCCESS, FAIL = "success", "fail"
@@ -30,7 +30,13 @@ LAST = Gauge("florence2_last_request_timestamp_seconds", "When a request was las
 
 
 class CountedModel(Model):
-    """A model whose requests are counted and timed, whichever protocol they come by."""
+    """A model whose requests are counted and timed, whichever protocol they come by.
+
+    Attributes:
+        image_input: Name of the input whose first axis counts images.
+    """
+
+    image_input: str
 
     async def __call__(self, body: Any, headers: dict[str, str] | None = None, *arguments: Any) -> Any:
         """Answers as the SDK's model does."""
@@ -42,14 +48,14 @@ class CountedModel(Model):
         finally:  # a cancelled request has failed too
             REQUESTS.labels(self.name, outcome).inc()
             REQUEST_SECONDS.labels(self.name, outcome).inc(time.perf_counter() - started)
-        self._count(answer[0])
+        self._count(body, answer[0])
         return answer
 
-    def _count(self, response: InferResponse) -> None:
+    def _count(self, request: InferRequest, response: InferResponse) -> None:
         parameters = response.parameters or {}
         for phase, parameter in PHASES.items():
             PHASE_SECONDS.labels(self.name, phase).inc(int(parameters.get(parameter, 0)) / 1e6)
-        IMAGES.labels(self.name).inc(response.outputs[0].shape[0])
+        IMAGES.labels(self.name).inc(sum(i.shape[0] for i in request.inputs if i.name == self.image_input))
         LAST.labels(self.name).set_to_current_time()
 
 

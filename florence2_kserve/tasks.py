@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 # Same cap for every task: a smaller one would cut long lists of boxes and change answers.
 DEFAULT_MAX_NEW_TOKENS = 1024
+_MOST_QUOTED = 60  # characters of what stands where a task's name should
 
 
 class TaskInput(StrEnum):
@@ -126,5 +127,6 @@ def find_task(name: str) -> Task:
     """
     key = f"<{name.strip().strip('<>').upper()}>"
     if key not in TASKS:
-        raise KeyError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+        quoted = name if len(name) <= _MOST_QUOTED else f"{name[:_MOST_QUOTED]}…"
+        raise KeyError(f"unknown task {quoted!r}; known tasks: {', '.join(TASKS)}")
     return TASKS[key]

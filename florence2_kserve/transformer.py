@@ -91,6 +91,8 @@ class _Work:
 class Florence2Transformer(CountedModel):
     """Answers the public contract of ``protocol/public.py`` with the help of a predictor."""
 
+    image_input = INPUT_IMAGE
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.model_name)
         self._settings = settings

@@ -554,6 +554,18 @@ def test_a_score_is_the_geometric_mean_over_its_tokens(pair):
     assert scores == {"text": pytest.approx(math.exp(sum(logprobs) / len(words)))}
 
 
+@pytest.mark.parametrize("ended", [True, False], ids=["whole", "cut off"])
+def test_a_polygons_score_is_without_its_label(pair, ended):
+    processor, _ = pair
+    begin, end = (processor.tokenizer.token_to_id(token) for token in ("<poly>", "</poly>"))
+    label, places = _ids(processor, "red circle"), _locations(processor, 1, 2, 3, 4, 5, 6)
+    ids = [*label, begin, *places, *([end] if ended else [])]
+    logprobs = [-3.0 if id_ in label else -1.0 for id_ in ids]
+    scores = score_answer(TASKS["<OPEN_VOCABULARY_DETECTION>"], ids, logprobs, processor, (100, 100))
+    assert scores["polygons"] == pytest.approx([math.exp(-1)])
+    assert scores["polygons_labels"] == pytest.approx([math.exp(-3)])
+
+
 def test_what_has_no_tokens_has_the_score_one(pair):
     processor, _ = pair
     assert score_answer(TASKS["<OCR>"], [BOS, EOS], [0.0, -1.0], processor, (9, 9)) == {"text": 1.0}

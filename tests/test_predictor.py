@@ -195,8 +195,7 @@ def test_rows_of_a_partial_call_fail_alone():
         12: None,
         13: RESULT,
         14: ZeroDivisionError("secret"),
-        15: EngineStopped("the engine is closed"),
-        16: interface.DeadlineExceeded("late"),
+        15: interface.DeadlineExceeded("late"),
     }
 
     async def ask() -> tuple[InferResponse, list[bool]]:
@@ -212,13 +211,22 @@ def test_rows_of_a_partial_call_fail_alone():
         b"DEADLINE_EXCEEDED no answer within 0.2 s",
         b"",
         b"INTERNAL internal error: ZeroDivisionError",
-        b"UNAVAILABLE the engine is closed",
         b"DEADLINE_EXCEEDED no answer within 0.2 s",
     ]
-    assert columns["finish_reason"] == [b"error"] * 3 + [b"stop"] + [b"error"] * 3
+    assert columns["finish_reason"] == [b"error"] * 3 + [b"stop"] + [b"error"] * 2
     assert columns["sequences"][3] == RESULT.sequence.tolist()
-    assert cancelled == [False, False, True, False, False, False, False]
+    assert cancelled == [False, False, True, False, False, False]
     assert response.parameters == {"queue_us": 250_000, "generate_us": 500_000}
+
+
+def test_a_partial_call_whose_engine_ends_fails_whole_so_that_another_predictor_is_asked():
+    async def ask() -> None:
+        stopped = EngineStopped("the engine is closed")
+        async with Running(lambda request: stopped if request.max_new_tokens == 11 else RESULT) as running:
+            with pytest.raises(errors.Unavailable, match="the engine is closed"):
+                await running.ask(call(rows=2, partial=True))
+
+    asyncio.run(ask())
 
 
 def test_a_partial_call_without_a_failure_is_answered_as_any():

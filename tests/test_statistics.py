@@ -6,18 +6,21 @@ import asyncio
 from typing import Any
 
 import pytest
-from kserve.protocol.infer_type import InferOutput, InferRequest, InferResponse
+from kserve.protocol.infer_type import InferInput, InferOutput, InferRequest, InferResponse
 from prometheus_client import REGISTRY
 
 from florence2_kserve.errors import BadRequest
 from florence2_kserve.statistics import CountedModel, model_statistics
 
-REQUEST = InferRequest("counted", [])
+IMAGES = InferInput("pictures", [3], "BYTES", [""] * 3)
+REQUEST = InferRequest("counted", [InferInput("other", [7], "BYTES", [""] * 7), IMAGES])
 TIMES = {"queue_us": 2, "preprocess_us": 30, "generate_us": 400, "postprocess_us": 5000}
 
 
 class Scripted(CountedModel):
     """Answers three images with the times above, after doing what it was told to."""
+
+    image_input = "pictures"
 
     def __init__(self, name: str, do: Any = None) -> None:
         super().__init__(name)
@@ -36,7 +39,7 @@ class Scripted(CountedModel):
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
     ) -> Any:
-        output = InferOutput("PARSED_JSON", [3, 1], "BYTES", [""] * 3)
+        output = InferOutput("PARSED_JSON", [6, 1], "BYTES", [""] * 6)
         return InferResponse("1", self.name, [output], parameters=dict(TIMES))
 
 

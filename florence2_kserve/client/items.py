@@ -7,13 +7,14 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from florence2_kserve.answers import run_lengths
+
 Box: TypeAlias = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 Quad: TypeAlias = tuple[float, float, float, float, float, float, float, float]  # four corners x, y in pixels
 Polygon: TypeAlias = tuple[float, ...]  # corners x1, y1, x2, y2, … in pixels
 Size: TypeAlias = tuple[int, int]  # width, height
 
 _OCR_CATEGORY = "text"
-FEWEST_NUMBERS = 6  # of a polygon that has an area
 
 
 class Item(Protocol):
@@ -186,7 +187,10 @@ class Segment:
         """Returns the mask as bool [H, W]; where there is none, the polygons drawn into `image_size`, if given."""
         if self.run_lengths is not None:
             return self.run_lengths.decode()
-        return None if image_size is None else _draw(self.polygons, image_size)
+        if image_size is None:
+            return None
+        runs = run_lengths(self.polygons, image_size)
+        return RunLengths(tuple(runs["size"]), runs["counts"]).decode()
 
     def to_coco(self) -> dict[str, Any]:
         """Returns the mask, or without one the polygons."""
@@ -203,13 +207,3 @@ def _bounds(polygons: tuple[Polygon, ...]) -> Box:
     xs = [x for polygon in polygons for x in polygon[::2]]
     ys = [y for polygon in polygons for y in polygon[1::2]]
     return (min(xs), min(ys), max(xs), max(ys)) if xs else (0, 0, 0, 0)
-
-
-def _draw(polygons: tuple[Polygon, ...], image_size: Size) -> np.ndarray[Any, Any]:
-    from pycocotools import mask
-
-    width, height = image_size
-    with_area = [list(polygon) for polygon in polygons if len(polygon) >= FEWEST_NUMBERS]
-    if not with_area:
-        return np.zeros((height, width), dtype=bool)
-    return mask.decode(mask.merge(mask.frPyObjects(with_area, height, width))).astype(bool)

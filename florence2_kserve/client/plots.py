@@ -19,7 +19,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image, ImageOps
 
-from florence2_kserve.client.items import FEWEST_NUMBERS, Box, Item, Polygon, Segment
+from florence2_kserve.answers import FEWEST_COORDINATES
+from florence2_kserve.client.items import Box, Item, Polygon, Segment
 
 Picture: TypeAlias = str | Path | bytes | Image.Image | np.ndarray[Any, Any]
 Color: TypeAlias = tuple[float, float, float]
@@ -104,7 +105,7 @@ def _color(index: int) -> Color:
 def _draw_outline(ax: Axes, outline: Polygon, color: Color, *, filled: bool) -> None:
     corners = np.array(outline, dtype=float).reshape(-1, 2)
     halo = [patheffects.Stroke(linewidth=_HALO_PT, foreground="white", alpha=0.8), patheffects.Normal()]
-    if len(outline) < FEWEST_NUMBERS:  # no area: the model wrote one or two points
+    if len(outline) < FEWEST_COORDINATES:  # no area: the model wrote one or two points
         ax.plot(*corners.T, color=color, linewidth=_LINE_PT, marker="o", path_effects=halo)
         return
     if filled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -120,9 +121,12 @@ class AsyncRestTransport(_Rest):
         """As `RestTransport.send`."""
         exchange = self._exchange(call)
         try:
-            response = await self._http.request(
-                exchange.method, exchange.path, content=exchange.content, headers=exchange.headers, timeout=timeout
-            )
+            async with asyncio.timeout(timeout):  # httpx's own is for each part of an answer
+                response = await self._http.request(
+                    exchange.method, exchange.path, content=exchange.content, headers=exchange.headers, timeout=timeout
+                )
+        except TimeoutError:
+            raise _too_late(timeout) from None
         except httpx.HTTPError as error:
             raise _failure(error, timeout) from None
         return _result(exchange, response)
@@ -136,13 +140,17 @@ def _failure(error: httpx.HTTPError, timeout: float) -> ClientError:
     """Returns what it means that no answer came."""
     match error:
         case httpx.TimeoutException():
-            return DeadlineError(f"no answer within {timeout:.1f} s")
+            return _too_late(timeout)
         case httpx.LocalProtocolError() | httpx.UnsupportedProtocol():
             return InvalidRequestError(f"the request can't be sent: {error}")
         case httpx.TransportError():
             return UnavailableError(f"connection failed: {error}")
         case _:
             return ServerError(f"the server's answer can't be read: {error}")
+
+
+def _too_late(timeout: float) -> ClientError:
+    return DeadlineError(f"no answer within {timeout:.1f} s")
 
 
 def _result(exchange: _Exchange, response: httpx.Response) -> Any:

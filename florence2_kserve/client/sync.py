@@ -31,7 +31,8 @@ class Florence2Client(BaseClient):
     Args:
         url: ``http://host:port`` for REST, ``grpc://host:port`` for gRPC without TLS.
         model_name: Name of the model in the URL.
-        timeout: Seconds for one call, its retries included.
+        timeout: Seconds for one call, its retries included; over REST an answer that has begun may take that long
+            between any two of its parts.
         retries: How often a call is repeated.
         headers: Sent with every call, e.g. authorization; ``Host`` names a service behind an ingress whose address
             `url` holds, and is the ``:authority`` over gRPC.

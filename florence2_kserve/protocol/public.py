@@ -52,7 +52,7 @@ STOP, LENGTH, ERROR = "stop", "length", "error"  # finish reasons
 PLATFORM, EMBEDDED_PLATFORM = "florence2_safetensors", "florence2_embedded"
 
 # Request parameters that belong to the wire format and not to us.
-_TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})
+TRANSPORT_PARAMETERS = frozenset({"binary_data_output"})
 _WHITE_SPACE = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -92,10 +92,10 @@ class GenerationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: Annotated[int, _Number, Field(ge=1)] | None = None
-    num_beams: Annotated[int, _Number, Field(ge=1)] | None = None
-    length_penalty: Annotated[float, _Number, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
-    timeout_ms: Annotated[int, _Number, Field(ge=1, le=86_400_000)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1), _Number] | None = None
+    num_beams: Annotated[int, Field(ge=1), _Number] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), _Number] | None = None
+    timeout_ms: Annotated[int, Field(ge=1, le=86_400_000), _Number] | None = None
     partial: Annotated[bool, BeforeValidator(_read_bool)] = False
 
     def timeout_seconds(self, longest: float) -> float:
@@ -336,7 +336,7 @@ def _text_column(tensor: Tensor | None, shape: tuple[int, ...]) -> list[bytes | 
     if tensor is None:
         return [None] * math.prod(shape)
     _check_bytes(tensor)
-    if math.prod(tensor.data.shape) != math.prod(shape) or tensor.data.shape[0] != shape[0]:
+    if math.prod(tensor.data.shape) != math.prod(shape) or tensor.data.shape[:1] != shape[:1]:
         raise BadTensor(tensor.name, f"expected TASK_PROMPT's shape {list(shape)}, got {list(tensor.data.shape)}")
     return list(tensor.data.flat)
 
@@ -419,7 +419,7 @@ def read_options(parameters: Mapping[str, Any] | None, bounds: Bounds) -> Genera
             raise BadRequest(f"parameter {name}: has no value; send fractions as strings")
     try:
         options = GenerationOptions.model_validate(
-            {key: value for key, value in plain.items() if key not in _TRANSPORT_PARAMETERS}
+            {key: value for key, value in plain.items() if key not in TRANSPORT_PARAMETERS}
         )
     except ValidationError as error:
         raise BadRequest("; ".join(_explain(problem) for problem in error.errors())) from None

@@ -9,8 +9,13 @@ import pytest
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from .contract import INPUTS, OUTPUTS
+from .contract import INPUTS, OUTPUTS, TASKS, Takes
+from .messages import ask
+from .pictures import base64_text, png
 from .wires import RestConnection, rest_outcome
+
+_TEXTS = {Takes.NOTHING: "", Takes.TEXT: "a red circle", Takes.REGION: "[10,10,60,60]"}
+_SCHEMAS = {"PARSED_JSON": "Answers", "SCORES": "Scores", "MASKS": "Masks"}
 
 
 @pytest.fixture
@@ -66,6 +71,49 @@ def test_its_examples_and_their_answers_fit_its_schemas(rest: RestConnection, do
     for example in content["examples"].values():
         asked.validate(example["value"])
         answered.validate(rest.post(example["value"]).json())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fits"),
+    [
+        ({"num_beams": 1, "max_new_tokens": "3", "length_penalty": "0.5", "timeout_ms": 1, "partial": "true"}, True),
+        ({"length_penalty": -10, "partial": False, "binary_data_output": True}, True),
+        ({"num_beams": 0}, False),
+        ({"max_new_tokens": -1}, False),
+        ({"length_penalty": 11}, False),
+        ({"timeout_ms": 0.5}, False),
+        ({"partial": 1}, False),
+        ({"beams": 3}, False),
+    ],
+    ids=str,
+)
+def test_parameters_fit_where_the_server_takes_them(
+    rest: RestConnection, document: Any, parameters: dict[str, Any], fits: bool
+) -> None:
+    _, operation = _infer(document, rest.target.model)
+    content = operation["requestBody"]["content"]["application/json"]
+    body = {**content["examples"]["caption"]["value"], "parameters": parameters}
+    assert _validator(document, content["schema"]).is_valid(body) is fits
+    assert (rest.post(body).status in (200, 504)) is fits
+
+
+def test_elements_fit_their_schemas(rest: RestConnection, document: Any) -> None:
+    """Of all tasks, and of a row that can't be answered."""
+    body = ask(
+        [base64_text(png())] * len(TASKS) + [b"@@"],
+        [*(task.prompt for task in TASKS), "<OD>"],
+        [*(_TEXTS[task.takes] for task in TASKS), ""],
+        parameters={"max_new_tokens": 64, "partial": True},
+        outputs=tuple(_SCHEMAS),
+    ).json_body()
+    outcome = rest_outcome(rest.post(body))
+    assert outcome.status == "ok", outcome
+    for output, name in _SCHEMAS.items():
+        validator = _validator(document, {"$ref": f"#/components/schemas/{name}"})
+        for element in outcome.outputs[output].data:
+            validator.validate(json.loads(element))
+        assert not validator.is_valid({"<CAPTION>": []})
+        assert not validator.is_valid({"<DANCE>": ""})
 
 
 def test_a_refusal_fits_its_schema(rest: RestConnection, document: Any) -> None:

@@ -176,6 +176,22 @@ def test_a_grpc_request_reads_the_same():
     assert call.options == GenerationOptions(num_beams=3, length_penalty=0.5)
 
 
+def test_a_tensor_without_axes_is_refused():
+    asked = request(texts=["x"], text_shape=[])
+    with pytest.raises(BadTensor, match=r"TEXT_PROMPT: expected TASK_PROMPT's shape \[1\], got \[\]"):
+        read_call(asked, BOUNDS)
+
+
+def test_what_is_quoted_is_cut_short():
+    """A picture where the task should be: over gRPC a status of more than 16 KiB is lost."""
+    with pytest.raises(BadTensor, match=r"unknown task 'A+…'; known tasks: <CAPTION>") as caught:
+        read_call(request(tasks=["A" * 200_000]), BOUNDS)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(BadRequest) as refused:
+        read_call(request(parameters={"B" * 50_000: 1}), BOUNDS)
+    assert len(str(refused.value)) == 1000
+
+
 ALL = ["SCORES", "PARSED_JSON", "MASKS", "FINISH_REASON", "GENERATED_TEXT"]
 
 
