@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     max_image_mib: float = Field(20, gt=0, description="Largest encoded image, in MiB.")
     max_image_megapixels: float = Field(64, gt=0, description="Largest decoded image, in millions of pixels.")
     exact_images: bool = Field(
-        False, description="Decode large JPEGs whole, not at a part of their size; see docs/transformer.md."
+        False,
+        description="Decode large JPEGs whole and resize by Pillow: pixels are then transformers' own, and take "
+        "several times as long; see docs/transformer.md.",
     )
     # 32 pictures of 768×768 fit into a gRPC message of the default size, on their way to the predictor.
     max_rows: int = Field(32, ge=1, description="Largest number of answers (images times tasks) in one request.")

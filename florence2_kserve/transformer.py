@@ -237,7 +237,8 @@ class Florence2Transformer(CountedModel):
         except ImageError as error:
             raise errors.BadTensor(INPUT_IMAGE, str(error), row=row) from None
         key = hashlib.sha256(data).digest()  # which processors have instructions for
-        return _Picture(picture.resized(self._processor.image), picture.size, key)
+        pixels = picture.resized(self._processor.image, exact=self._settings.exact_images)
+        return _Picture(pixels, picture.size, key)
 
     def _prepare(self, call: InferenceCall, pictures: list[_Picture | ServiceError], deadline: float) -> _Work:
         """Puts together what the predictor is asked; rows that can't be are left out of it, if the call is partial."""

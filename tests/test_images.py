@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from florence2_kserve.images import DRAFT_MARGIN, ImageError, ImageTooLarge, decode_image, resize_image
+from florence2_kserve.benchmark.transformer import draw_photograph
+from florence2_kserve.images import DRAFT_MARGIN, ImageError, ImageTooLarge, Picture, decode_image, resize_image
 from florence2_kserve.processor import ImageSettings
 
 MEGAPIXEL = 1_000_000
@@ -684,3 +685,55 @@ def test_a_jpeg_with_wrong_bytes_is_refused_or_read_in_draft_too() -> None:
         sizes.add(picture.image.size)
         assert picture.resized(SMALL).shape == (96, 96, 3)
     assert {None, (200, 200)} <= sizes
+
+
+SWIFT_SIZES = [(640, 480), (500, 375), (333, 501), (1024, 768), (768, 768), (31, 17), (1, 900), (2900, 3), (1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("content", ["photograph", "noise", "black and white"])
+@pytest.mark.parametrize("size", SWIFT_SIZES, ids=str)
+def test_the_swift_way_to_resize_is_pillows_but_for_two_levels(size: tuple[int, int], content: str, mode: str) -> None:
+    """The tolerance that docs/transformer.md states."""
+    chance = np.random.default_rng(0)
+    match content:
+        case "photograph":
+            values = np.asarray(draw_photograph(size, seed=0))
+        case "noise":
+            values = chance.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        case _:
+            values = np.repeat(255 * chance.integers(0, 2, (size[1], size[0], 1), dtype=np.uint8), 3, axis=2)
+    image = Image.fromarray(values).convert(mode)
+    width, height = size
+    for box in (None, (0.3, 0.2, width - 0.4, height - 0.1)):
+        picture = Picture(image, size, box)
+        exact, swift = picture.resized(settings()), picture.resized(settings(), exact=False)
+        assert (swift.shape, swift.dtype) == (exact.shape, exact.dtype)
+        difference = np.abs(exact.astype(int) - swift)
+        assert difference.max() <= 2
+        assert (difference > 0).mean() <= 0.02
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST])
+def test_filters_that_have_no_swift_way_are_pillows(resample: Image.Resampling) -> None:
+    picture, wanted = Picture(draw(), draw().size), settings(resample=resample)
+    assert np.array_equal(picture.resized(wanted, exact=False), picture.resized(wanted))
+
+
+def test_very_large_pictures_are_resized_by_pillow() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (3001, 3000), dtype=np.uint8)
+    picture = Picture(Image.fromarray(values), (3000, 3001))
+    assert np.array_equal(picture.resized(settings(), exact=False), picture.resized(settings()))
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_drafts_are_turned_whichever_way_they_are_resized(orientation: int) -> None:
+    stored = draw_photograph((3200, 3000), seed=1)
+    if (turn := STORED[orientation]) is not None:
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture = decode_image(encode(stored, "JPEG", exif=exif), max_pixels=10 * MEGAPIXEL, draft_for=settings())
+    assert picture.size == (3200, 3000)
+    difference = np.abs(picture.resized(settings()).astype(int) - picture.resized(settings(), exact=False))
+    assert difference.max() <= 2

@@ -34,10 +34,9 @@ Size = tuple[int, int]
 Side = Callable[[Any], Any]
 
 PIL_SIDE, TORCHVISION_SIDE = "transformers, PIL", "transformers, torchvision"
-EXACT, DRAFT = "ours, exact", "ours, draft"
+OURS, EXACT = "ours", "ours, exact"
 NORMALISED = ", normalised"
 TRANSFORMERS = "transformers"
-OURS = "ours"
 
 _SIDE, _IMAGE_TOKENS = 768, 577  # Florence-2's, whatever the embedded model has
 _TASK = "<OD>"
@@ -47,7 +46,7 @@ pictures: a JPEG's bytes and {_TASK} → what goes to the model
   transformers   Pillow decodes, Florence2Processor (both image backends) → token ids, float32 [3,{_SIDE},{_SIDE}]
   ours           → token ids, uint8 [{_SIDE},{_SIDE},3]; the predictor's device rescales and normalises them
   {NORMALISED.strip()}: these rescaled and normalised on this CPU as well, so that both sides end with the same
-  exact, draft   large JPEGs decoded whole; at a half, quarter or eighth (docs/transformer.md)
+  exact          --exact-images: large JPEGs decoded whole, resized by Pillow (docs/transformer.md)
 answers: generated tokens → boxes, labels, text; post_process_generation beside parse_answer
 ms of processor time, one thread; "× SIDE": how many times as fast as SIDE"""
 
@@ -184,9 +183,9 @@ class _Bench:
         """Compares the ways from JPEGs of one size to the model's input; returns seconds a picture, and ratios."""
         files = [encode(draw_photograph(size, self._settings.seed + i)) for i in range(self._settings.pictures)]
         sides: dict[str, Side] = {name: self._their_picture(name) for name in self._theirs}
-        for name, draft in ((EXACT, False), (DRAFT, True)):
-            sides[name] = self._our_picture(draft=draft, normalised=False)
-            sides[name + NORMALISED] = self._our_picture(draft=draft, normalised=True)
+        for name, exact in ((EXACT, True), (OURS, False)):
+            sides[name] = self._our_picture(exact=exact, normalised=False)
+            sides[name + NORMALISED] = self._our_picture(exact=exact, normalised=True)
         self.agrees &= all(_equal(sides[PIL_SIDE](file), sides[EXACT + NORMALISED](file)) for file in files)
         seconds = take_turns(sides, files, self._settings.rounds)
         kilobytes = statistics.mean(map(len, files)) / 1000
@@ -223,14 +222,14 @@ class _Bench:
 
         return read
 
-    def _our_picture(self, *, draft: bool, normalised: bool) -> Side:
+    def _our_picture(self, *, exact: bool, normalised: bool) -> Side:
         processor, task = self._ours, TASKS[_TASK]
-        draft_for = processor.image if draft else None
+        draft_for = None if exact else processor.image
         levels = _normalised_levels(processor.image)
 
         def read(data: bytes) -> tuple[Array, Array]:
             picture = decode_image(data, max_pixels=2**30, draft_for=draft_for)
-            pixels = picture.resized(processor.image)
+            pixels = picture.resized(processor.image, exact=exact)
             return processor.input_ids(task.prompt()), _normalise(pixels, levels) if normalised else pixels
 
         return read
