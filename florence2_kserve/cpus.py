@@ -24,8 +24,19 @@ def available_cpus(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -
         cgroups: Where cgroups are mounted: one tree (version 2), or a folder for each controller (version 1).
         own_cgroups: The kernel's list of the cgroups that the process is in.
     """
-    quotas = [quota for folder in _folders(cgroups, own_cgroups) if (quota := _quota(folder)) is not None]
-    return max(1, math.ceil(min([_affinity(), *quotas])))
+    quota = cpu_quota(cgroups, own_cgroups)
+    return max(1, math.ceil(_affinity() if quota is None else min(_affinity(), quota)))
+
+
+def cpu_quota(cgroups: Path = _CGROUPS, own_cgroups: Path = _OWN_CGROUPS) -> float | None:
+    """Returns the limit of processors of this process's cgroup, which may be a part of one; None for no limit.
+
+    Args:
+        cgroups: As for `available_cpus`.
+        own_cgroups: Likewise.
+    """
+    quotas = (_quota(folder) for folder in _folders(cgroups, own_cgroups))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _affinity() -> int:

@@ -26,9 +26,11 @@ from typing import Annotated, Any
 
 import typer
 
+from florence2_kserve.cpus import cpu_quota
 from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.options import MODEL_NAME, Headers, ModelName, read_headers
-from florence2_kserve.settings import STORAGE_VARIABLE, Settings
+from florence2_kserve.settings import STORAGE_FOLDER, STORAGE_VARIABLE, Settings
+from florence2_kserve.urls import url_problem
 
 PACKAGE = "florence2-kserve"
 PURPOSES = {
@@ -264,7 +266,7 @@ def check_model() -> Iterator[Finding]:
     try:
         files = locate_model(settings.model, revision=settings.model_revision, with_weights=False)
     except ModelFilesError as error:
-        is_brought = settings.model == Settings.model_fields["model"].default or os.environ.get(STORAGE_VARIABLE)
+        is_brought = STORAGE_VARIABLE in os.environ and settings.model == STORAGE_FOLDER
         source = f"{STORAGE_VARIABLE}={os.environ[STORAGE_VARIABLE]} should have brought it; " if is_brought else ""
         yield fail("model", f"{source}{error}", "florence2 serve --model embedded, or see docs/models.md")
         return
@@ -351,7 +353,7 @@ def check_pod(environment: Mapping[str, str], root: Path) -> Iterator[Finding]:
         )
     else:
         yield ok("pod", "memory without a limit" if memory is None else f"{memory / GIB:.1f} GiB of memory")
-    cpus = _cpus(root)
+    cpus = cpu_quota(root / "sys/fs/cgroup", root / "proc/self/cgroup")
     if cpus is not None and cpus < _POD_CPUS:
         yield warn(
             "pod",
@@ -366,12 +368,10 @@ def check_service(url: str, model_name: str, headers: Mapping[str, str]) -> Iter
     """Whether a service can be reached, is well, and describes a picture."""
     from florence2_kserve.client import ClientError, Florence2Client, NotFoundError
 
-    try:
-        client = Florence2Client(url, model_name=model_name, headers=dict(headers), timeout=_WAIT_S, retries=1)
-    except ValueError as error:
-        yield fail("service", str(error), "florence2 doctor --url http://HOST:8080")
+    if problem := url_problem(url):
+        yield fail("service", problem, "florence2 doctor --url http://HOST:8080")
         return
-    with client:
+    with Florence2Client(url, model_name=model_name, headers=dict(headers), timeout=_WAIT_S, retries=1) as client:
         if not client.is_live():
             yield fail("service", f"{url} doesn't answer", f"curl -v {url}/v2/health/live; florence2 serve starts one")
             return
@@ -452,16 +452,6 @@ def _first_number(*paths: Path) -> float | None:
     text = next((path.read_text().strip() for path in paths if path.exists()), "max")
     number = None if text == "max" else float(text)
     return None if number is None or number > 2**60 else number
-
-
-def _cpus(root: Path) -> float | None:
-    path = root / "sys/fs/cgroup/cpu.max"
-    if path.exists():
-        quota, period = path.read_text().split()
-        return None if quota == "max" else float(quota) / float(period)
-    old = root / "sys/fs/cgroup/cpu"
-    quota_us, period_us = _first_number(old / "cpu.cfs_quota_us"), _first_number(old / "cpu.cfs_period_us")
-    return None if quota_us is None or period_us is None or quota_us < 0 else quota_us / period_us
 
 
 def _drawn_picture() -> bytes:

@@ -13,8 +13,9 @@ class ExitCode(IntEnum):
     OK = 0, "all is well"
     FAILED = 1, "an error, said on stderr; of `check` and `doctor`: something was found wrong"
     USAGE = 2, "the command line is wrong, or asks for what can't be had"
-    SOME_FAILED = 3, "the batch is through, and some pictures have no answer"
+    SOME_REFUSED = 3, "the batch is through, and some pictures were refused: a rerun would leave them alone"
     UNREACHABLE = 4, "the service can't be reached, or stopped answering"
+    SOME_UNANSWERED = 5, "the batch is through, and some pictures have no answer yet: a rerun asks again"
     INTERRUPTED = 130, "ended by Ctrl-C (SIGINT) after what was in flight was written"
     TERMINATED = 143, "ended by SIGTERM after what was in flight was written"
 

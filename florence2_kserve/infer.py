@@ -29,6 +29,7 @@ from florence2_kserve.options import (
     read_headers,
 )
 from florence2_kserve.tasks import TASKS, TaskInput, find_task
+from florence2_kserve.urls import check_url
 
 if TYPE_CHECKING:
     from florence2_kserve.client import Answer
@@ -68,16 +69,19 @@ def infer(
     from florence2_kserve.batch.sources import SourceError, read_one
     from florence2_kserve.client import ClientError, Florence2Client, UnavailableError
 
+    check_url(url)
     headers = read_headers(header)
     parameters = given(
         num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty, timeout_ms=timeout_ms
     )
+    tasks = task or ["<CAPTION>"]
+    if text is not None and not any(map(_takes_text, tasks)):
+        raise typer.BadParameter(f"none of {', '.join(tasks)} takes a text", param_hint="--text")
     try:
         data = read_one(image)
     except (OSError, SourceError) as error:
         raise typer.BadParameter(str(error), param_hint="IMAGE") from None
-    tasks = task or ["<CAPTION>"]
-    texts = [text if len(tasks) == 1 or _takes_text(name) else None for name in tasks]
+    texts = [text if _takes_text(name) else None for name in tasks]
     try:
         with (
             _address(url, model, model_name) as address,

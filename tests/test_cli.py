@@ -89,7 +89,9 @@ def test_infer_prints_a_table_and_draws(picture, service, tmp_path):
     [
         (("gone.png",), ExitCode.USAGE, "gone.png"),
         (("nosuch://x/y.png",), ExitCode.USAGE, "nosuch"),
-        (("-", "--url", "localhost:8080"), ExitCode.FAILED, "url has to start with"),
+        (("-", "--url", "localhost:8080"), ExitCode.USAGE, "url has to start with"),
+        (("-", "--url", "http://[::1"), ExitCode.USAGE, "Invalid port"),
+        (("-", "--task", "OD", "--task", "OCR", "--text", "x"), ExitCode.USAGE, "none of OD, OCR takes a text"),
         (("-", "--header", "Host", "--url", "http://x"), ExitCode.USAGE, "has to be 'NAME: VALUE'"),
     ],
 )
@@ -100,9 +102,10 @@ def test_infer_says_what_is_wrong(arguments, code, says):
 
 
 def test_infer_says_what_the_service_refuses(picture, service):
-    result = run("infer", str(picture), "--task", "OD", "--text", "a text", "--url", service.rest_url)
+    region = ("--task", "REGION_TO_OCR", "--text", "no region")
+    result = run("infer", str(picture), *region, "--url", service.rest_url)
     assert result.exit_code == ExitCode.FAILED
-    assert result.stderr.startswith("error: TEXT_PROMPT, row 0: <OD> takes no text")
+    assert result.stderr.startswith("error: TEXT_PROMPT, row 0: <REGION_TO_OCR>")
 
 
 def test_tasks_are_those_of_the_registry():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from florence2_kserve.cpus import available_cpus
+from florence2_kserve.cpus import available_cpus, cpu_quota
 
 ALLOWED = len(os.sched_getaffinity(0))
 
@@ -85,6 +85,13 @@ def test_without_a_quota_the_affinity_counts(tmp_path: Path, own: str, files: di
 
 def test_nothing_to_read_is_no_limit(tmp_path: Path) -> None:
     assert available_cpus(tmp_path / "no", tmp_path / "neither") == ALLOWED
+    assert cpu_quota(tmp_path / "no", tmp_path / "neither") is None
+
+
+def test_a_quota_is_told_as_it_is(tmp_path: Path) -> None:
+    files = {"cpu.max": "250000 100000\n", "pod/cpu.max": "50000 100000\n"}
+    count(tmp_path, "0::/pod\n", files)
+    assert cpu_quota(tmp_path / "cgroup", tmp_path / "own") == 0.5
 
 
 def test_this_process_has_some() -> None:

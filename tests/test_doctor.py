@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from florence2_kserve import doctor
+from florence2_kserve import doctor, model_files
 from florence2_kserve.cli import app
 from florence2_kserve.doctor import Finding, Level
 from florence2_kserve.exit_codes import ExitCode
@@ -95,11 +95,34 @@ def test_a_good_machine_and_its_spoilt_twin(tmp_path):
     assert "export no_proxy=localhost,127.0.0.1" in line("proxies")
 
 
-def test_settings_that_dont_hold_together_are_named():
-    result = examine(FLORENCE2_MAX_NUM_BEAMS="99")
-    assert result.returncode == ExitCode.FAILED
-    assert "fail  settings: FLORENCE2_MAX_NUM_BEAMS: " in result.stdout
-    assert "→ unset FLORENCE2_MAX_NUM_BEAMS" in result.stdout
+def test_settings_that_dont_hold_together_are_named(monkeypatch):
+    monkeypatch.setenv("FLORENCE2_MAX_NUM_BEAMS", "99")
+    (finding,) = doctor.check_model()
+    assert finding.line().startswith("fail  settings: FLORENCE2_MAX_NUM_BEAMS: ")
+    assert "→ unset FLORENCE2_MAX_NUM_BEAMS" in finding.line()
+
+
+@pytest.mark.parametrize(
+    ("model", "uri", "is_blamed"),
+    [
+        (None, "s3://bucket/model", True),
+        ("embedded", "s3://bucket/model", False),
+        ("/nowhere", None, False),
+        (None, None, False),
+    ],
+)
+def test_the_storage_initializer_is_blamed_only_for_what_it_should_have_brought(monkeypatch, model, uri, is_blamed):
+    for name, value in {"FLORENCE2_MODEL": model, "STORAGE_URI": uri}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+    def broken(model: str, **options: object) -> None:
+        raise model_files.ModelFilesError(f"{model}: the files are damaged")
+
+    monkeypatch.setattr(model_files, "locate_model", broken)
+    (finding,) = doctor.check_model()
+    assert finding.level is Level.FAIL
+    assert "the files are damaged" in finding.told
+    assert ("STORAGE_URI=s3://bucket/model should have brought it" in finding.told) == is_blamed
 
 
 @pytest.mark.skipif(not BASE_PYTHON.exists(), reason="make setup makes it")
@@ -149,6 +172,8 @@ def test_a_broken_check_is_a_finding_and_the_others_go_on(monkeypatch):
         raise PermissionError("/proc is locked")
 
     monkeypatch.setattr(doctor, "check_open_files", broken)
+    for slow in ("check_torch", "check_java"):
+        monkeypatch.setattr(doctor, slow, list)
     findings = list(doctor.look(None, "florence2", {}))
     (finding,) = [finding for finding in findings if finding.name == "open files"]
     assert (finding.level, "PermissionError" in finding.told) == (Level.FAIL, True)
@@ -174,6 +199,7 @@ def test_outside_a_pod_nothing_is_said(tmp_path):
 
 def test_a_pod_with_enough(tmp_path):
     files = {
+        "proc__self__cgroup": "0::/\n",
         "sys__fs__cgroup__memory_dot_max": f"{4 * doctor.GIB}\n",
         "sys__fs__cgroup__cpu_dot_max": "200000 100000\n",
     }
@@ -185,6 +211,7 @@ def test_a_pod_with_enough(tmp_path):
 
 def test_a_pod_with_too_little(tmp_path):
     files = {
+        "proc__self__cgroup": "0::/../../as/the/node/sees/it\n",
         "sys__fs__cgroup__memory_dot_max": f"{doctor.GIB // 4}\n",
         "sys__fs__cgroup__cpu_dot_max": "25000 100000\n",
     }
@@ -199,12 +226,17 @@ def test_a_pod_with_too_little(tmp_path):
 def test_a_pod_without_limits(tmp_path, old):
     files = (
         {
+            "proc__self__cgroup": "1:cpu:/\n2:memory:/\n",
             "sys__fs__cgroup__memory__memory_dot_limit_in_bytes": "9223372036854771712\n",
             "sys__fs__cgroup__cpu__cpu_dot_cfs_quota_us": "-1\n",
             "sys__fs__cgroup__cpu__cpu_dot_cfs_period_us": "100000\n",
         }
         if old
-        else {"sys__fs__cgroup__memory_dot_max": "max\n", "sys__fs__cgroup__cpu_dot_max": "max 100000\n"}
+        else {
+            "proc__self__cgroup": "0::/\n",
+            "sys__fs__cgroup__memory_dot_max": "max\n",
+            "sys__fs__cgroup__cpu_dot_max": "max 100000\n",
+        }
     )
     findings = pod(tmp_path, **files)
     assert levels(findings) == [Level.OK] * 3
@@ -226,7 +258,11 @@ def test_a_service_that_is_well(service, scheme):
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("localhost:8080", "url has to start with"), (f"http://127.0.0.1:{free_port()}", "doesn't answer")],
+    [
+        ("localhost:8080", "url has to start with"),
+        ("http://[::1", "Invalid port"),
+        (f"http://127.0.0.1:{free_port()}", "doesn't answer"),
+    ],
 )
 def test_a_service_that_cant_be_reached(url, says):
     (finding,) = doctor.check_service(url, "florence2", {})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from florence2_kserve.options import (
     read_headers,
 )
 from florence2_kserve.tasks import TaskInput, find_task
+from florence2_kserve.urls import check_url
 
 if TYPE_CHECKING:
     from florence2_kserve.batch.identity import Asked
@@ -44,7 +46,7 @@ _REQUEST_S = 600.0  # as long as the server may take, where no timeout_ms is giv
 _SPARE_S = 10.0
 _CLIENT_RETRIES = 2  # the run itself tries again, and knows whether others are answered meanwhile
 _OWN_FILES, _FILES_A_REQUEST = 64, 3  # a picture being asked about, one being read, and a connection
-_REACH_PAUSE_S = 1.0
+_REACH_PAUSE_S, _LEAST_REACH_S = 1.0, 1.0
 
 
 def batch(
@@ -90,7 +92,9 @@ def batch(
             help=f"Only part I (from 0) of N; auto/N takes I from {INDEX_VARIABLE}, as in an Indexed Job.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask about so many pictures at most.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Pictures to ask about, or to copy answers for, at most.", min=1)
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what was refused before.")] = False,
     rehash: Annotated[
         bool, typer.Option("--rehash", help="Read every file again, also those that look unchanged.")
@@ -108,6 +112,7 @@ def batch(
     from florence2_kserve.client import ClientError
     from florence2_kserve.local import LocalService
 
+    check_url(url)
     names = [*(sources or ()), *(f"@{path}" for path in list_file or ())]
     if not names:
         raise typer.BadParameter("name a folder, a glob, an address or a list", param_hint="SOURCE")
@@ -128,32 +133,43 @@ def batch(
     try:
         if "://" in output:
             raise SourceError("the output has to be a file here: it is locked and appended to, which stores can't do")
+        if output == "-":
+            raise SourceError("the output has to be a file: a rerun reads it, which standard output doesn't allow")
         check_named(names)
-        pictures = Sources(names, column, text_column, part)
+        pictures = Sources(names, column, text_column, part, _say)
         if files.table is not None:
             check_installed()
     except SourceError as error:
         raise typer.BadParameter(str(error)) from None
     headers = read_headers(header)
 
+    is_blocked = False
     try:
         with ExitStack() as stack:
             if url is None:
                 service = stack.enter_context(LocalService(model=model, model_name=model_name))
                 url = service.rest_url
             run = _Run(url, model_name, model_revision, headers, plan, files, retry_failed, rehash)
-            code = asyncio.run(run.run(pictures))
+            try:
+                code = asyncio.run(run.run(pictures))
+            finally:
+                is_blocked = run.is_blocked
     except RunEnded as error:
         _say(f"error: {error}")
         code = error.code
     except (JournalError, SourceError, ClientError, OSError, RuntimeError, ValueError) as error:
         _say(f"error: {error}")
         code = ExitCode.FAILED
+    if is_blocked:
+        # Python would wait for the thread that waits for a source.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise typer.Exit(code)
 
 
 class _Run:
-    """From an address to a finished output."""
+    """From an address to a finished output; `is_blocked` afterwards as `Batch.is_blocked`."""
 
     def __init__(
         self,
@@ -168,6 +184,7 @@ class _Run:
     ) -> None:
         self._url, self._model_name, self._revision, self._headers = url, model_name, revision, headers
         self._plan, self._files, self._retry_failed, self._rehash = plan, files, retry_failed, rehash
+        self.is_blocked = False
 
     async def run(self, sources: Sources) -> ExitCode:
         from florence2_kserve.batch.ledger import Ledger
@@ -183,35 +200,48 @@ class _Run:
             retries=_CLIENT_RETRIES,
             timeout=_REQUEST_S if timeout_ms is None else timeout_ms / 1000 + _SPARE_S,
         ) as client:
-            asked = await self._meet(client)
+            asked = await self._meet_first(client)
             with Ledger(self._files, asked, retry_failed=self._retry_failed, rehash=self._rehash) as ledger:
                 if ledger.found:
                     _say(f"{self._files.journal} holds {ledger.found} answers; going on behind them")
-                running = Batch(sources, self._plan, ledger, client, make_progress(_say), _say)
+
+                async def meet() -> Asked:
+                    return await self._meet(client, max(self._plan.give_up_after, _LEAST_REACH_S))
+
+                running = Batch(sources, self._plan, ledger, client, meet, asked, make_progress(_say), _say)
                 try:
                     return await running.run()
                 finally:
+                    self.is_blocked = running.is_blocked
                     if self._files.table is not None:
                         self._write_table(ledger)
                     typer.echo(self._summary(running.tally, sources))
 
-    async def _meet(self, client: AsyncFlorence2Client) -> Asked:
+    async def _meet_first(self, client: AsyncFlorence2Client) -> Asked:
         """Asks the service who it is, as soon as it answers."""
-        from florence2_kserve.batch.identity import Asked
         from florence2_kserve.batch.run import RunEnded
-        from florence2_kserve.client import ClientError, UnavailableError
+        from florence2_kserve.client import ClientError, DeadlineError, UnavailableError
 
         end = time.monotonic() + self._plan.give_up_after
         while True:
             try:
-                metadata = await client.metadata()
-                break
-            except UnavailableError as error:
+                return await self._meet(client, max(end - time.monotonic(), _LEAST_REACH_S))
+            except (DeadlineError, UnavailableError) as error:
                 if time.monotonic() >= end:
                     raise RunEnded(f"{self._url} can't be reached: {error}", ExitCode.UNREACHABLE) from None
                 await asyncio.sleep(_REACH_PAUSE_S)
             except ClientError as error:
                 raise RunEnded(f"{self._url} refuses: {error}", ExitCode.FAILED) from None
+
+    async def _meet(self, client: AsyncFlorence2Client, seconds: float) -> Asked:
+        from florence2_kserve.batch.identity import Asked
+        from florence2_kserve.client import DeadlineError
+
+        try:
+            async with asyncio.timeout(seconds):
+                metadata = await client.metadata()
+        except TimeoutError:
+            raise DeadlineError(f"it didn't say within {seconds:.0f} s which model it has") from None
         checkpoint = metadata.get("properties") or {}
         return Asked(
             str(metadata.get("name", self._model_name)),
@@ -231,11 +261,13 @@ class _Run:
         parts = [
             f"{tally.answered} pictures answered",
             f"{tally.known} known before",
-            f"{tally.copied} with the same bytes as another",
+            f"{tally.copied} copied from the same bytes",
             f"{tally.failed} failed" + (f" (see {self._files.failures})" if tally.failed else ""),
         ]
         if sources.skipped:
             parts.append(f"{sources.skipped} files skipped that aren't pictures by their suffix")
+        if sources.unlisted:
+            parts.append(f"{sources.unlisted} folders skipped that can't be listed")
         return (
             f"{', '.join(parts)}; {tally.seconds:.1f} s, {tally.rate:.1f} pictures/s; "
             f"{self._files.table or self._files.journal}"
@@ -284,12 +316,14 @@ def _tasks(names: list[str], text: str | None, text_column: str | None) -> dict[
 
 def _fitting(concurrency: int) -> int:
     """Returns how many requests this process has file descriptors for, `concurrency` at most."""
+    needed = _OWN_FILES + _FILES_A_REQUEST * concurrency
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    if soft == resource.RLIM_INFINITY:
+    if soft == resource.RLIM_INFINITY or soft >= needed:
         return concurrency
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with suppress(OSError, ValueError):  # systems may have bounds of their own below an unlimited one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
     fitting = max(1, (soft - _OWN_FILES) // _FILES_A_REQUEST)
     if fitting < concurrency:
         _say(f"--concurrency {concurrency} needs more files than `ulimit -n` of {soft} allows; taking {fitting}")

@@ -42,6 +42,9 @@ class Asked:
     revision: str | None
     parameters: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return f"{self.model} ({', '.join(filter(None, (self.platform, self.revision)))})"
+
 
 def content_hash(data: bytes) -> str:
     """Returns the hash of a file's bytes: BLAKE2b of 128 bits, as 32 hexadecimal digits."""
@@ -60,6 +63,11 @@ def question_key(content: str, question: Question, asked: Asked) -> str:
     return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=_BYTES).hexdigest()
 
 
-def short(*parts: str | None) -> bytes:
+def short(*parts: str | Mapping[str, Any] | None) -> bytes:
     """Returns 16 bytes that stand for `parts` in an index."""
-    return hashlib.blake2b(orjson.dumps(parts), digest_size=_BYTES).digest()
+    return hashlib.blake2b(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS), digest_size=_BYTES).digest()
+
+
+def slot(address: str, question: Question, asked: Asked) -> bytes:
+    """Returns 16 bytes that stand for a question about whatever picture is at `address`."""
+    return short(address, question.task, question.text, asked.model, asked.platform, asked.revision, asked.parameters)

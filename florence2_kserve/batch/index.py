@@ -14,10 +14,10 @@ from typing import Any
 
 import orjson
 
-from florence2_kserve.batch.identity import short
+from florence2_kserve.batch.identity import Asked, Question, short, slot
 
 _TABLES = """
-CREATE TABLE done (line BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE newest (slot BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE refused (line BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE answers (key BLOB PRIMARY KEY, offset INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE files (address BLOB PRIMARY KEY, state TEXT NOT NULL, content TEXT NOT NULL) WITHOUT ROWID;
@@ -51,17 +51,18 @@ class Index:
         remaining = iter(records)
         while chunk := list(islice(remaining, _LINES_AT_ONCE)):
             number += len(chunk)
-            done = [(short(record["address"], record["key"]),) for _, record in chunk]
+            newest = [(_slot(record), bytes.fromhex(record["key"])) for _, record in chunk]
             answers = [(bytes.fromhex(record["key"]), offset) for offset, record in chunk]
             with self._lock:
-                self._database.executemany("INSERT OR IGNORE INTO done VALUES (?)", done)
+                self._database.executemany("INSERT OR REPLACE INTO newest VALUES (?, ?)", newest)
                 self._database.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", answers)
                 self._add_files(record for _, record in chunk)
         return number
 
-    def is_done(self, address: str, key: str) -> bool:
-        """Whether the output has this line."""
-        return self._has("SELECT 1 FROM done WHERE line = ?", short(address, key))
+    def is_done(self, address: str, question: Question, asked: Asked, key: str) -> bool:
+        """Whether the newest line of this question about this address has the answer of that key."""
+        query = "SELECT 1 FROM newest WHERE slot = ? AND key = ?"
+        return self._has(query, slot(address, question, asked), bytes.fromhex(key))
 
     def answer_offset(self, key: str) -> int | None:
         """Returns where a line with the answer to the same question lies, of whichever address."""
@@ -100,6 +101,12 @@ class Index:
         with self._lock:
             self._database.execute("DELETE FROM failures WHERE slot = ?", (short(address, task, text),))
 
+    def forget_stale_failure(self, address: str, task: str, text: str | None, content: str) -> None:
+        """Drops a failure that is about other bytes than `content`, or about a file that couldn't be read."""
+        query = "DELETE FROM failures WHERE slot = ? AND json_extract(line, '$.content') IS NOT ?"
+        with self._lock:
+            self._database.execute(query, (short(address, task, text), content))
+
     def failures(self) -> Iterator[str]:
         """Yields the lines of failures that stand."""
         with self._lock:
@@ -129,3 +136,8 @@ class Index:
         with self._lock:
             found: tuple[Any, ...] | None = self._database.execute(query, values).fetchone()
             return found
+
+
+def _slot(record: Mapping[str, Any]) -> bytes:
+    asked: list[Any] = [record.get(name) for name in ("model", "platform", "revision", "parameters")]
+    return slot(record["address"], Question(record["task"], record.get("text")), Asked(*asked))

@@ -129,7 +129,7 @@ class Ledger:
         return [
             OpenQuestion(question, key)
             for question in questions
-            if not self._is_settled(picture.address, key := question_key(content, question, self._asked))
+            if not self._is_settled(picture.address, question, key := question_key(content, question, self._asked))
         ]
 
     def count_refused(self, picture: Picture, content: str, questions: Iterable[Question]) -> int:
@@ -137,10 +137,22 @@ class Ledger:
         keys = (question_key(content, question, self._asked) for question in questions)
         return sum(self._index.is_refused(picture.address, key) for key in keys)
 
+    def forget_stale_failures(self, picture: Picture, content: str, questions: Iterable[Question]) -> None:
+        """Drops failures of settled questions that are about other bytes, or about bytes that couldn't be read."""
+        for question in questions:
+            self._index.forget_stale_failure(picture.address, question.task, question.text, content)
+
+    def note_state(self, picture: Picture, state: str | None, content: str, questions: Iterable[Question]) -> None:
+        """Writes answers anew where the same bytes have another state, so that a rerun knows the file by that."""
+        if state is None or self._index.known_content(picture.address, state) == content:
+            return
+        items = [OpenQuestion(question, question_key(content, question, self._asked)) for question in questions]
+        self.copy_answers(picture, state, items)
+
     def copy_answers(
         self, picture: Picture, state: str | None, questions: Sequence[OpenQuestion]
     ) -> list[OpenQuestion]:
-        """Answers what was answered for the same bytes at another address.
+        """Answers what was answered for the same bytes, at another address or before the file was changed.
 
         Returns:
             The questions that are still open.
@@ -152,7 +164,7 @@ class Ledger:
                 still_open.append(item)
                 continue
             known = self._answers.read(offset)
-            records.append({**known, "address": picture.address, "state": state})
+            records.append({**known, "address": picture.address, "state": state, "at": _now()})
         self._add(records)
         return still_open
 
@@ -231,8 +243,8 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _is_settled(self, address: str, key: str) -> bool:
-        if self._index.is_done(address, key):
+    def _is_settled(self, address: str, question: Question, key: str) -> bool:
+        if self._index.is_done(address, question, self._asked, key):
             return True
         return not self._retry_failed and self._index.is_refused(address, key)
 
@@ -240,7 +252,7 @@ class Ledger:
         for _, record in self._failures.records():
             # A run that was killed may have answered what an earlier one couldn't.
             key = record.get("key")
-            if key is None or not self._index.is_done(record["address"], key):
+            if key is None or self._index.answer_offset(key) is None:
                 self._note_failure(record)
 
     def _note_failure(self, record: Mapping[str, Any]) -> None:

@@ -12,13 +12,14 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_threads
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from florence2_kserve.batch.identity import Question, content_hash
+from florence2_kserve.batch.identity import Asked, Question, content_hash
 from florence2_kserve.batch.ledger import FailureKind, Ledger, OpenQuestion
 from florence2_kserve.batch.lines import answer_fields
 from florence2_kserve.batch.progress import Progress, Tally
@@ -26,14 +27,11 @@ from florence2_kserve.batch.sources import Picture, SourceError, Sources
 from florence2_kserve.client import (
     AsyncFlorence2Client,
     ClientError,
-    DeadlineError,
     InvalidRequestError,
     NotFoundError,
-    OverloadedError,
-    UnavailableError,
 )
 from florence2_kserve.exit_codes import ExitCode
-from florence2_kserve.protocol.public import INPUT_IMAGE
+from florence2_kserve.protocol.public import INPUT_IMAGE, INPUTS
 
 if TYPE_CHECKING:
     from florence2_kserve.client import Answer
@@ -43,8 +41,11 @@ _REDRAW_S = 0.2
 _ATTEMPTS = 3
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _REFUSES_US = frozenset({401, 403, 404, 405, "UNAUTHENTICATED", "PERMISSION_DENIED", "NOT_FOUND", "UNIMPLEMENTED"})
-_OF_ALL_REQUESTS = ("parameter ", "unknown parameter ")  # how errors begin for which no picture is to blame
+_TOO_LARGE = frozenset({413, "RESOURCE_EXHAUSTED"})  # the latter of gRPC itself, where it is an InvalidRequestError
+_SAME_MODEL_S = 60.0  # while no request fails, a service counts for so long as the model that it said it was
+_MEET_PAUSE_S = 1.0
 _MOST_THREADS = 64
+_LAST_READS_S = 2.0
 _Result = TypeVar("_Result")
 
 
@@ -108,11 +109,15 @@ class Batch:
         plan: What is asked about them.
         ledger: What is done, and where answers go.
         client: Asks.
+        meet: Asks the service who it is; raises ClientError where it doesn't answer.
+        asked: Who it was when `ledger` was opened.
         progress: Shows how far it is.
         say: Takes lines for people.
 
     Attributes:
         tally: What was done until now.
+        is_blocked: Whether a thread still waits for a source when all else has ended; nothing can end it but the
+            process's end.
     """
 
     def __init__(
@@ -121,26 +126,36 @@ class Batch:
         plan: Plan,
         ledger: Ledger,
         client: AsyncFlorence2Client,
+        meet: Callable[[], Awaitable[Asked]],
+        asked: Asked,
         progress: Progress,
         say: Callable[[str], None],
     ) -> None:
         self._sources, self._plan, self._ledger, self._client = sources, plan, ledger, client
+        self._meet, self._asked = meet, asked
         self._progress, self._say = progress, say
         self.tally = Tally()
+        self.is_blocked = False
         self._pictures = iter(sources)
         self._pulling = asyncio.Lock()
         self._slots = asyncio.Semaphore(plan.concurrency)
         self._threads = ThreadPoolExecutor(min(2 * plan.concurrency, _MOST_THREADS), "florence2-batch")
         self._counting = ThreadPoolExecutor(1, "florence2-count")
+        self._in_threads: set[Future[Any]] = set()
         self._stopping = threading.Event()
         self._signalled: ExitCode | None = None
         self._taken = 0
         self._tallying = threading.Lock()
         self._workers: list[asyncio.Task[None]] = []
+        self._answering: set[asyncio.Task[None] | None] = set()
         self._broken: OSError | None = None
         self._being_asked: dict[str, asyncio.Event] = {}
         self._answers_seen = 0
         self._silent_since: float | None = None
+        self._failures = 0
+        self._meeting = asyncio.Lock()
+        self._met_at, self._met_after = time.monotonic(), client.retries_made
+        self._are_open = False
 
     async def run(self) -> ExitCode:
         """Runs until all is done, a signal comes, or the service is gone.
@@ -162,8 +177,9 @@ class Batch:
             for task in (*helpers, *self._workers):
                 task.cancel()
             await asyncio.gather(*helpers, *self._workers, return_exceptions=True)
-            self._threads.shutdown(wait=True)
-            self._counting.shutdown(wait=False, cancel_futures=True)
+            for threads in (self._threads, self._counting):
+                threads.shutdown(wait=False, cancel_futures=True)
+            self.is_blocked = bool(wait_for_threads(self._in_threads, _LAST_READS_S).not_done)
         for task in finished:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
@@ -171,7 +187,9 @@ class Batch:
             raise self._broken
         if self._signalled is not None:
             return self._signalled
-        return ExitCode.SOME_FAILED if self.tally.failed else ExitCode.OK
+        if self._are_open:
+            return ExitCode.SOME_UNANSWERED
+        return ExitCode.SOME_REFUSED if self.tally.failed else ExitCode.OK
 
     @contextmanager
     def _on_signals(self) -> Iterator[None]:
@@ -185,6 +203,9 @@ class Batch:
             self._signalled = code
             self._stopping.set()
             self._say(f"stopping; {self.tally.in_flight} answers are in flight (once more to drop them)")
+            for worker in self._workers:
+                if worker not in self._answering:  # it waits for a source, perhaps for ever
+                    worker.cancel()
             loop.call_later(self._plan.grace, self._drop_all)
 
         codes = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
@@ -206,7 +227,7 @@ class Batch:
         while True:
             await asyncio.sleep(SYNC_S)
             try:
-                await self._in_thread(self._ledger.sync)
+                await self._in_thread(self._threads, self._ledger.sync)
             except OSError as error:  # the disk didn't take what was written, and says so only once
                 self._broken = error
                 self._drop_all()
@@ -219,8 +240,7 @@ class Batch:
 
     async def _count(self) -> None:
         with suppress(SourceError, OSError):  # whoever enumerates to ask will meet it too, and say so
-            loop = asyncio.get_running_loop()
-            self.tally.total = await loop.run_in_executor(self._counting, self._sources.count, self._stopping)
+            self.tally.total = await self._in_thread(self._counting, self._sources.count, self._stopping)
 
     # --- a picture's way ---------------------------------------------------------------------------------------------
 
@@ -230,13 +250,18 @@ class Batch:
             if read is None:
                 self._taken -= 1  # nothing was asked, so it doesn't count against the limit
             else:
-                await self._answer(read)
+                self._answering.add(asyncio.current_task())
+                try:
+                    await self._answer(read)
+                finally:
+                    self._answering.discard(asyncio.current_task())
 
     async def _next(self) -> Picture | None:
         async with self._pulling:
-            if self._plan.limit is not None and self._taken >= self._plan.limit:
+            is_over = self._plan.limit is not None and self._taken >= self._plan.limit
+            if is_over or self._stopping.is_set():
                 return None
-            picture = await self._in_thread(self._pull)
+            picture = await self._in_thread(self._threads, self._pull)
             self._taken += picture is not None
             return picture
 
@@ -263,6 +288,7 @@ class Batch:
         questions = self._plan.questions(picture)
         if self._ledger.open_questions(picture, content, questions):
             return False
+        self._ledger.forget_stale_failures(picture, content, questions)
         self._tally("failed" if self._ledger.count_refused(picture, content, questions) else "known")
         return True
 
@@ -278,18 +304,22 @@ class Batch:
                 if self._is_settled(picture, state):
                     return None
             data = picture.read()
-            content = content_hash(data)
-            return None if self._settle(picture, content) else _Read(picture, state, content, data)
+            return _Read(picture, state, content_hash(data), data)
 
         try:
-            return await self._in_thread(read)
+            found = await self._in_thread(self._threads, read)
         except (OSError, SourceError) as error:
             for question in self._plan.questions(picture):
                 self._ledger.add_failure(
                     picture, picture.state, None, question, kind=FailureKind.UNREAD, error=error, attempts=1
                 )
+            self._are_open = True
             self._tally("failed")
             return None
+        if found is not None and self._settle(picture, found.content):
+            self._ledger.note_state(picture, found.state, found.content, self._plan.questions(picture))
+            return None
+        return found
 
     async def _answer(self, read: _Read) -> None:
         questions = self._plan.questions(read.picture)
@@ -327,7 +357,7 @@ class Batch:
                     started = time.monotonic()
                     replies = await self._replies(read.data, questions)
                 break
-            except (OverloadedError, UnavailableError) as error:
+            except ClientError as error:
                 self._note_silence(error)
                 # Others were answered meanwhile, so it is this picture that the service can't do.
                 if attempts >= _ATTEMPTS and self._answers_seen > started_seen:
@@ -337,14 +367,15 @@ class Batch:
                     return
                 pause = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**attempts)
                 await asyncio.sleep(max(pause, error.retry_after_s or 0.0))
-        self._record(read, questions, replies, attempts, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        await self._meet_again()
+        self._record(read, questions, replies, attempts, seconds)
 
     async def _replies(self, data: bytes, questions: Sequence[OpenQuestion]) -> list[Answer | ClientError]:
         """Asks all questions in one request, and where it is refused, one by one to find the bad ones.
 
         Raises:
-            OverloadedError: If the service can't take them now.
-            UnavailableError: If it can't be reached.
+            ClientError: If there is no answer for now.
             RunEnded: If it refuses us altogether.
         """
         tasks = [item.question.task for item in questions]
@@ -352,22 +383,17 @@ class Batch:
         self.tally.in_flight += 1
         try:
             answers = await self._client.ask_tasks(data, tasks, texts, **self._plan.parameters)
-        except (OverloadedError, UnavailableError):
-            raise
-        except DeadlineError as error:
-            return [error] * len(questions)
+        except InvalidRequestError as error:
+            is_too_large = error.status in _TOO_LARGE
+            if not is_too_large and not str(error).startswith(INPUTS):
+                raise RunEnded(f"the service refuses: {error}", ExitCode.USAGE) from None
+            self._note_answer()
+            if len(questions) == 1 or is_too_large or str(error).startswith(INPUT_IMAGE):
+                return [error] * len(questions)
         except ClientError as error:
             if isinstance(error, NotFoundError) or error.status in _REFUSES_US:
                 raise RunEnded(f"the service refuses: {error}", ExitCode.FAILED) from None
-            if str(error).startswith(_OF_ALL_REQUESTS):
-                raise RunEnded(f"the service refuses: {error}", ExitCode.USAGE) from None
-            if isinstance(error, InvalidRequestError):
-                self._note_answer()
-            else:
-                self._note_silence(error)
-            of_one_question = isinstance(error, InvalidRequestError) and not str(error).startswith(INPUT_IMAGE)
-            if len(questions) == 1 or not of_one_question:
-                return [error] * len(questions)
+            raise
         else:
             self._note_answer()
             return list(answers)
@@ -391,7 +417,9 @@ class Batch:
         self._ledger.add_answers(read.picture, read.state, read.content, answered)
         for item, reply in zip(questions, replies, strict=True):
             if isinstance(reply, ClientError):
-                kind = FailureKind.REFUSED if isinstance(reply, InvalidRequestError) else FailureKind.UNANSWERED
+                is_refused = isinstance(reply, InvalidRequestError)
+                kind = FailureKind.REFUSED if is_refused else FailureKind.UNANSWERED
+                self._are_open |= not is_refused
                 self._ledger.add_failure(
                     read.picture, read.state, read.content, item, kind=kind, error=reply, attempts=attempts
                 )
@@ -404,6 +432,7 @@ class Batch:
         self._silent_since = None
 
     def _note_silence(self, error: ClientError) -> None:
+        self._failures += 1
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
@@ -413,5 +442,35 @@ class Batch:
                 ExitCode.UNREACHABLE,
             ) from None
 
-    async def _in_thread(self, work: Callable[..., _Result], *given: Any) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+    async def _meet_again(self) -> None:
+        """Makes sure, after a while and after whatever went wrong meanwhile, that it is still the model of before.
+
+        Raises:
+            RunEnded: If it isn't, or the service is gone or refuses us.
+        """
+        async with self._meeting:
+            while True:
+                failures = self._failures + self._client.retries_made
+                age = time.monotonic() - self._met_at
+                if failures == self._met_after and age < _SAME_MODEL_S:
+                    return
+                await asyncio.sleep(max(0.0, _MEET_PAUSE_S - age))
+                try:
+                    asked = await self._meet()
+                except ClientError as error:
+                    if isinstance(error, InvalidRequestError | NotFoundError) or error.status in _REFUSES_US:
+                        raise RunEnded(f"the service refuses: {error}", ExitCode.FAILED) from None
+                    self._met_at = time.monotonic()
+                    self._note_silence(error)
+                    continue
+                if asked != self._asked:
+                    raise RunEnded(
+                        f"the service's model changed from {self._asked} to {asked}; run again", ExitCode.FAILED
+                    )
+                self._met_at, self._met_after = time.monotonic(), failures
+
+    async def _in_thread(self, threads: ThreadPoolExecutor, work: Callable[..., _Result], *given: Any) -> _Result:
+        running = threads.submit(work, *given)
+        self._in_threads.add(running)
+        running.add_done_callback(self._in_threads.discard)
+        return await asyncio.wrap_future(running)

@@ -13,12 +13,11 @@ import os
 import stat
 import sys
 import threading
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -27,7 +26,6 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 EXTRA = "pip install 'florence2-kserve[batch]'"
 _ROWS_AT_ONCE = 16  # of a Parquet column that holds pictures
-_BATCHES_KEPT = 8
 _BUFFER = 1 << 20  # bytes; without one, pyarrow reads a row group's whole column at once
 # What file systems call a file's state, the most telling first; a size alone doesn't tell.
 _VERSIONS = ("ETag", "etag", "VersionId", "md5", "md5Hash", "Content-MD5", "Digest", "content_hash", "checksum", "CRC")
@@ -88,14 +86,18 @@ class Sources:
         column: Column of Parquet files that holds pictures; None where the sources are pictures.
         text_column: Column that holds a text for each.
         shard: The part that is asked for.
+        say: Takes a line about what is passed over.
         skipped: Files in folders passed over until now because of their suffix.
+        unlisted: Folders below others passed over until now because they can't be listed.
     """
 
     names: Sequence[str]
     column: str | None = None
     text_column: str | None = None
     shard: Shard = WHOLE
+    say: Callable[[str], None] = lambda line: None
     skipped: int = field(default=0, init=False)
+    unlisted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.text_column is not None and self.column is None:
@@ -107,7 +109,7 @@ class Sources:
         Raises:
             SourceError: If a source isn't there.
         """
-        self.skipped = 0
+        self.skipped = self.unlisted = 0
         return (picture for picture in self._pictures() if self.shard.holds(picture.address))
 
     def count(self, stopped: threading.Event) -> int | None:
@@ -124,7 +126,7 @@ class Sources:
     def _pictures(self) -> Iterator[Picture]:
         suffixes = SUFFIXES if self.column is None else PARQUET_SUFFIXES
         for name in _flatten(self.names):
-            for picture in _find(name, suffixes, self._skip):
+            for picture in _find(name, suffixes, self._skip, self._pass_over):
                 if self.column is None:
                     yield picture
                 else:
@@ -132,6 +134,10 @@ class Sources:
 
     def _skip(self) -> None:
         self.skipped += 1
+
+    def _pass_over(self, folder: str, error: OSError) -> None:
+        self.unlisted += 1
+        self.say(f"skipping {_printable(folder)}: it can't be listed: {error.strerror}")
 
 
 def read_one(name: str) -> bytes:
@@ -173,11 +179,13 @@ def _lines(file: TextIO) -> Iterator[str]:
     return (name for line in file if (name := line.rstrip("\r\n")))
 
 
-def _find(name: str, suffixes: frozenset[str], skip: Callable[[], None]) -> Iterator[Picture]:
+def _find(
+    name: str, suffixes: frozenset[str], skip: Callable[[], None], pass_over: Callable[[str, OSError], None]
+) -> Iterator[Picture]:
     if "://" in name:
         yield from _find_remote(name, suffixes, skip)
     elif os.path.isdir(name):
-        for path in _walk(os.path.abspath(name), ()):
+        for path in _walk(os.path.abspath(name), (), pass_over):
             if _suffix(path) in suffixes:
                 yield _local(path)
             else:
@@ -208,20 +216,32 @@ def check_named(names: Iterable[str]) -> None:
             raise SourceError(f"nothing matches {name!r}")
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _walk(folder: str, above: tuple[tuple[int, int], ...], pass_over: Callable[[str, OSError], None]) -> Iterator[str]:
     """Yields all files below `folder`; `above` are the folders it lies in, so that a loop of links is left."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, _is_folder(entry)) for entry in entries)
+    except OSError as error:
+        if not above:  # it was named itself
+            raise
+        pass_over(folder, error)
         return
-    with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries)
     for name, is_folder in found:
         path = os.path.join(folder, name)
         if is_folder:
-            yield from _walk(path, (*above, here))
+            yield from _walk(path, (*above, here), pass_over)
         else:
             yield path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link to where we may not look
+        return entry.is_dir()
+    return False
 
 
 def _suffix(path: str) -> str:
@@ -363,7 +383,7 @@ def _rows(table: Picture, column: str, text_column: str | None) -> Iterator[Pict
     for index in range(opened.num_row_groups):
         group = _RowGroup(opened, index, column, reading)
         for row, text in enumerate(group.texts(text_column)):
-            yield Picture(f"{table.address}#{number}", partial(group.read, row), state, text=text)
+            yield Picture(f"{table.address}#{number}", group.row(row).read, state, text=text)
             number += 1
 
 
@@ -386,6 +406,9 @@ def _open_table(address: str) -> Any:
 class _RowGroup:
     """The pictures of one row group, decoded in order and a few at a time, from when the first is asked for.
 
+    What is decoded is kept for rows that somebody may still ask for, until they are read: those that are held as
+    pictures, and those of the last few rows that weren't enumerated yet.
+
     Args:
         opened: The Parquet file.
         index: The row group's.
@@ -396,8 +419,10 @@ class _RowGroup:
     def __init__(self, opened: Any, index: int, column: str, reading: threading.Lock) -> None:
         self._opened, self._index, self._column, self._reading = opened, index, column, reading
         self._batches: Iterator[Any] | None = None
-        self._kept: deque[tuple[int, list[Any]]] = deque(maxlen=_BATCHES_KEPT)  # first row and values
-        self._next = 0
+        self._decoded = 0  # rows
+        self._enumerated = 0
+        self._rows: weakref.WeakValueDictionary[int, _Row] = weakref.WeakValueDictionary()
+        self._ahead: dict[int, Any] = {}  # values of rows that were decoded before they were enumerated
 
     def texts(self, column: str | None) -> Iterable[str | None]:
         """Returns the text that goes with each row, all None without a column of them."""
@@ -407,8 +432,18 @@ class _RowGroup:
             values = self._opened.read_row_group(self._index, columns=[column]).column(0).to_pylist()
         return (None if value is None else str(value) for value in values)
 
-    def read(self, row: int) -> bytes:
-        """Returns the picture in a row, counted from the group's first.
+    def row(self, number: int) -> _Row:
+        """Returns a row, counted from the group's first; they are to be asked for in their order."""
+        row = _Row(self, number)
+        with self._reading:
+            self._rows[number] = row
+            self._enumerated = number + 1
+            if number in self._ahead:
+                row.values.append(self._ahead.pop(number))
+        return row
+
+    def read(self, row: _Row) -> bytes:
+        """Returns the picture in a row.
 
         Raises:
             OSError: If the row holds none, or the address that it holds can't be read.
@@ -421,19 +456,42 @@ class _RowGroup:
             raise OSError("the row holds no picture")
         return read_one(value) if isinstance(value, str) else bytes(value)
 
-    def _value(self, row: int) -> Any:
-        if self._batches is None or row < self._first_kept():
+    def _value(self, row: _Row) -> Any:
+        if not row.values and row.number < self._decoded:  # it is read once more
+            self._batches = None
+        if self._batches is None:
             self._batches = self._opened.iter_batches(
                 batch_size=_ROWS_AT_ONCE, row_groups=[self._index], columns=[self._column]
             )
-            self._kept.clear()
-            self._next = 0
-        while row >= self._next:
-            values = next(self._batches).column(0).to_pylist()
-            self._kept.append((self._next, values))
-            self._next += len(values)
-        first, values = next((first, values) for first, values in reversed(self._kept) if first <= row)
-        return values[row - first]
+            self._decoded = 0
+            self._ahead.clear()
+        while not row.values:
+            self._decode(next(self._batches).column(0).to_pylist())
+        return row.values.pop()
 
-    def _first_kept(self) -> int:
-        return self._kept[0][0] if self._kept else 0
+    def _decode(self, values: list[Any]) -> None:
+        for number, value in enumerate(values, self._decoded):
+            if number >= self._enumerated:
+                self._ahead[number] = value
+            elif (row := self._rows.get(number)) is not None:
+                row.values[:] = [value]
+        self._decoded += len(values)
+
+
+class _Row:
+    """One row of a row group.
+
+    Attributes:
+        number: Counted from the group's first.
+        values: Its value, between decoding and reading; else nothing.
+    """
+
+    __slots__ = ("__weakref__", "_group", "number", "values")
+
+    def __init__(self, group: _RowGroup, number: int) -> None:
+        self._group, self.number = group, number
+        self.values: list[Any] = []
+
+    def read(self) -> bytes:
+        """Returns its picture, as `_RowGroup.read`."""
+        return self._group.read(self)

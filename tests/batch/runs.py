@@ -76,6 +76,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def failures(output: Path) -> list[dict[str, Any]]:
+    """Returns what stands in an output's file of failures."""
+    path = output.with_name(f"{output.name}.failures.jsonl")
+    return read_lines(path) if path.exists() else []
+
+
 def names(records: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the names of the records' files, sorted."""
     return sorted(Path(record["address"]).name for record in records)

@@ -13,12 +13,12 @@ import subprocess
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from florence2_kserve.batch.command import _fitting
 from florence2_kserve.batch.identity import content_hash
 from florence2_kserve.batch.journal import Journal
 from florence2_kserve.batch.ledger import FIELDS
@@ -26,7 +26,7 @@ from florence2_kserve.client import Florence2Client
 from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.local import free_port
 from tests.batch.relay import Relay
-from tests.batch.runs import CLI, QUICK, draw, names, read_lines, run, start, wait_for, whole_lines
+from tests.batch.runs import CLI, QUICK, draw, failures, names, read_lines, run, start, wait_for, whole_lines
 
 
 @pytest.fixture
@@ -34,11 +34,6 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     draw(folder, 4)
     return folder
-
-
-def failures(output: Path) -> list[dict[str, Any]]:
-    path = output.with_name(f"{output.name}.failures.jsonl")
-    return read_lines(path) if path.exists() else []
 
 
 def test_each_picture_has_a_line_with_what_the_client_gets(pictures, tmp_path, service):
@@ -129,7 +124,7 @@ def test_a_changed_picture_is_asked_about_again_and_a_moved_or_copied_one_is_not
     (pictures / "00001.png").rename(pictures / "moved.png")
     draw(pictures, 1, first=50)
     result = run(pictures, *ask)
-    assert "1 pictures answered, 2 known before, 2 with the same bytes as another" in result.stdout
+    assert "1 pictures answered, 2 known before, 2 copied from the same bytes" in result.stdout
     lines = read_lines(output)
     by_name = {Path(line["address"]).name: line for line in lines}
     assert by_name["00000.png"]["answer"] == by_name["00003.png"]["answer"]
@@ -144,7 +139,7 @@ def test_pictures_with_the_same_bytes_are_asked_about_once_also_when_they_come_t
         shutil.copy(original, tmp_path / "p" / f"copy-{number}.png")
     output = tmp_path / "out.jsonl"
     result = run(tmp_path / "p", "--output", output, "--url", service.rest_url, *QUICK)
-    assert "1 pictures answered, 0 known before, 10 with the same bytes" in result.stdout
+    assert "1 pictures answered, 0 known before, 10 copied from the same bytes" in result.stdout
     lines = read_lines(output)
     assert len(set(names(lines))) == len(lines) == 11
     assert len({(line["key"], json.dumps(line["answer"])) for line in lines}) == 1
@@ -165,12 +160,45 @@ def test_unchanged_files_arent_read_again_unless_rehash_says_so(pictures, tmp_pa
     assert "3 known before" in run(*ask, "--rehash").stdout
 
 
+def test_the_last_line_of_an_address_is_about_the_file_as_it_is(tmp_path, service):
+    first, second = (path.read_bytes() for path in draw(tmp_path / "drawn", 2))
+    path, output = tmp_path / "x.png", tmp_path / "out.jsonl"
+    ask = (path, "--output", output, "--url", service.rest_url, *QUICK)
+    for time, data, said in (
+        (1, first, "1 pictures answered, 0 known before"),
+        (2, second, "1 pictures answered, 0 known before"),
+        (3, first, "0 pictures answered, 0 known before, 1 copied"),
+        (4, first, "0 pictures answered, 1 known before"),  # only touched
+        (4, first, "0 pictures answered, 1 known before"),
+    ):
+        path.write_bytes(data)
+        os.utime(path, (time, time))
+        assert said in run(*ask).stdout
+    lines = read_lines(output)
+    assert [line["content"] == content_hash(first) for line in lines] == [True, False, True, True]
+    assert [line["state"].rpartition("-")[2] for line in lines] == [f"{time}000000000" for time in (1, 2, 3, 4)]
+
+
+def test_a_failure_to_read_is_forgotten_when_a_killed_run_has_answered_it(pictures, tmp_path, service):
+    output, listed = tmp_path / "out.jsonl", tmp_path / "list.txt"
+    listed.write_text(f"{tmp_path}/late.png\n")
+    ask = ("--list", listed, "--output", output, "--url", service.rest_url, *QUICK)
+    assert run(*ask).returncode == ExitCode.SOME_UNANSWERED
+    stood = tmp_path / "out.jsonl.failures.jsonl"
+    before = stood.read_bytes()
+    (pictures / "00000.png").rename(tmp_path / "late.png")
+    assert run(*ask).returncode == ExitCode.OK
+    stood.write_bytes(before)  # as if that run had been killed instead of ended
+    assert "1 known before" in run(*ask).stdout
+    assert not failures(output)
+
+
 def test_several_tasks_are_kept_apart_and_one_that_is_refused_takes_no_other_along(pictures, tmp_path, service):
     output = tmp_path / "out.jsonl"
     tasks = ("--task", "CAPTION", "--task", "REGION_TO_CATEGORY", "--task", "OCR")
     ask = (pictures, "--output", output, "--url", service.rest_url, *QUICK, *tasks)
     result = run(*ask, "--text", "no region")
-    assert result.returncode == ExitCode.SOME_FAILED
+    assert result.returncode == ExitCode.SOME_REFUSED
     assert Counter(line["task"] for line in read_lines(output)) == {"<CAPTION>": 4, "<OCR>": 4}
     assert {failure["task"] for failure in failures(output)} == {"<REGION_TO_CATEGORY>"}
     assert {failure["text"] for failure in failures(output)} == {"no region"}
@@ -200,7 +228,7 @@ def test_bad_pictures_are_set_apart_and_left_alone(pictures, tmp_path, service):
         *QUICK,
     )
     result = run(*ask)
-    assert result.returncode == ExitCode.SOME_FAILED
+    assert result.returncode == ExitCode.SOME_UNANSWERED
     assert "2 failed" in result.stdout
     assert len(read_lines(output)) == 8
     by_name = {Path(failure["address"]).name: failure for failure in failures(output)}
@@ -213,26 +241,17 @@ def test_bad_pictures_are_set_apart_and_left_alone(pictures, tmp_path, service):
     # A rerun leaves the refused one alone, and looks again for the one that couldn't be read.
     draw(tmp_path, 1, first=70)[0].rename(tmp_path / "gone.png")
     result = run(*ask)
-    assert result.returncode == ExitCode.SOME_FAILED
-    assert "1 pictures answered, 4 known before, 0 with the same bytes as another, 1 failed" in result.stdout
+    assert result.returncode == ExitCode.SOME_REFUSED
+    assert "1 pictures answered, 4 known before, 0 copied from the same bytes, 1 failed" in result.stdout
     assert before in failures(output)
     assert {Path(failure["address"]).name for failure in failures(output)} == {"bad.png"}
-    assert run(*ask, "--retry-failed").returncode == ExitCode.SOME_FAILED
-    assert before not in failures(output), "it wasn't tried again"
+    stood = tmp_path / "out.jsonl.failures.jsonl"
+    long_ago = "2000-01-01T00:00:00Z"
+    stood.write_text(stood.read_text().replace(before["at"], long_ago))
+    assert run(*ask, "--retry-failed").returncode == ExitCode.SOME_REFUSED
+    assert all(failure["at"] > long_ago for failure in failures(output)), "it wasn't tried again"
     draw(pictures, 1, first=71)[0].rename(pictures / "bad.png")
     assert run(*ask).returncode == ExitCode.OK
-    assert not failures(output)
-
-
-def test_what_had_no_time_is_asked_again_by_a_rerun(pictures, tmp_path, service):
-    output = tmp_path / "out.jsonl"
-    ask = (pictures, "--output", output, "--url", service.rest_url, *QUICK)
-    result = run(*ask, "--timeout-ms", "1")
-    assert result.returncode == ExitCode.SOME_FAILED
-    assert {(failure["kind"], failure["status"]) for failure in failures(output)} == {("unanswered", 504)}
-    result = run(*ask)
-    assert result.returncode == ExitCode.OK
-    assert len(read_lines(output)) == 4
     assert not failures(output)
 
 
@@ -259,37 +278,37 @@ def test_a_service_that_isnt_there(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_a_service_that_goes_away_ends_the_run_and_blames_no_picture(tmp_path, service):
-    draw(tmp_path / "p", 40)
+    draw(tmp_path / "p", 24)
     output = tmp_path / "out.jsonl"
     with Relay(service.http_port) as relay:
         ask = (tmp_path / "p", "--output", output, "--url", relay.url, "--give-up-after", "1", *QUICK)
-        running = start(*ask)
+        running = start(*ask, "--concurrency", "2")
         wait_for(lambda: whole_lines(output) >= 3, running)
         relay.shut()
         _, said = running.communicate(timeout=120)
         assert running.returncode == ExitCode.UNREACHABLE, said
         assert "has answered no question for" in said
-        assert 3 <= len(read_lines(output)) < 40
+        assert 3 <= len(read_lines(output)) < 24
         assert not failures(output)
         relay.open()
         assert run(*ask).returncode == ExitCode.OK
     lines = read_lines(output)
-    assert len(lines) == len(set(names(lines))) == 40
+    assert len(lines) == len(set(names(lines))) == 24
 
 
 @pytest.mark.slow
 def test_a_service_that_comes_back_in_time_is_waited_for(tmp_path, service):
-    draw(tmp_path / "p", 30)
+    draw(tmp_path / "p", 16)
     output = tmp_path / "out.jsonl"
     with Relay(service.http_port) as relay:
-        running = start(tmp_path / "p", "--output", output, "--url", relay.url, *QUICK)
+        running = start(tmp_path / "p", "--output", output, "--url", relay.url, "--concurrency", "2", *QUICK)
         wait_for(lambda: whole_lines(output) >= 3, running)
         relay.shut()
         relay.open()
         _, said = running.communicate(timeout=120)
     assert running.returncode == ExitCode.OK, said
     lines = read_lines(output)
-    assert len(lines) == len(set(names(lines))) == 30
+    assert len(lines) == len(set(names(lines))) == 16
 
 
 def test_killed_at_random_moments_it_loses_nothing_and_does_nothing_twice(tmp_path, service):
@@ -337,6 +356,25 @@ def test_a_signal_lets_what_is_in_flight_be_written(tmp_path, service, number, c
     assert not failures(output)
 
 
+def test_a_signal_ends_a_run_whose_sources_keep_it_waiting(pictures, tmp_path, service):
+    """Of a pipe that nobody writes to, and of standard input that nobody closes."""
+    output = tmp_path / "out.parquet"
+    journal = tmp_path / "out.parquet.journal.jsonl"
+    os.mkfifo(tmp_path / "pipe.png")
+    ask = ("@-", "--output", output, "--url", service.rest_url, "--grace", "600", *QUICK)
+    running = start(*ask, stdin=subprocess.PIPE)
+    assert running.stdin is not None
+    running.stdin.write(f"{pictures}/00000.png\n{tmp_path}/pipe.png\n")
+    running.stdin.flush()
+    wait_for(lambda: whole_lines(journal) >= 1, running)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(120) == ExitCode.TERMINATED
+    assert running.stdout is not None
+    assert "1 pictures answered" in running.stdout.read()
+    assert pyarrow.parquet.read_table(output).num_rows == len(read_lines(journal)) == 1
+    running.communicate()
+
+
 def test_a_run_on_an_output_in_use_is_refused(pictures, tmp_path, service):
     output = tmp_path / "out.jsonl"
     with Journal(output):
@@ -379,7 +417,7 @@ def test_parquet_in_with_a_text_for_each_row(pictures, tmp_path, service):
     output = tmp_path / "out.jsonl"
     ask = (tmp_path / "in.parquet", "--column", "image", "--text-column", "phrase", "--url", service.rest_url)
     result = run(*ask, "--output", output, "--task", "CAPTION_TO_PHRASE_GROUNDING", *QUICK)
-    assert result.returncode == ExitCode.SOME_FAILED, result.stderr
+    assert result.returncode == ExitCode.SOME_REFUSED, result.stderr
     (line,) = read_lines(output)
     assert (line["address"], line["text"]) == (f"{tmp_path}/in.parquet#0", "a red circle")
     reasons = {failure["address"].rpartition("#")[2]: failure["reason"] for failure in failures(output)}
@@ -419,6 +457,11 @@ def test_without_an_address_it_starts_a_service(tmp_path):
         ((".", "--text", "a star"), "takes a text"),
         ((".", "--text-column", "x", "--task", "REGION_TO_OCR"), "--column is needed too"),
         ((".", "--output", "s3://bucket/out.jsonl"), "has to be a file here"),
+        ((".", "--output", "-"), "has to be a file"),
+        ((".", "--url", "localhost:8080"), "url has to start with"),
+        ((".", "--url", "http://[::1"), "Invalid port"),
+        ((".", "--url", "http://"), "names no host"),
+        ((".", "--url", "grpc://"), "names no host"),
         ((".", "--shard", "3/3"), "I from 0 to N-1"),
         ((".", "--shard", "1"), "I from 0 to N-1"),
         ((".", "--shard", "-1/3"), "I from 0 to N-1"),
@@ -432,6 +475,16 @@ def test_wrong_command_lines(tmp_path, monkeypatch, arguments, says):
     assert result.returncode == ExitCode.USAGE
     assert says in " ".join(result.stderr.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+def test_few_descriptors_are_made_more_where_nothing_bounds_them(monkeypatch):
+    limits = {"now": (256, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: limits.update(now=wanted))
+    assert _fitting(200) == 200
+    assert limits["now"] == (64 + 3 * 200, resource.RLIM_INFINITY)
+    limits["now"] = (256, 256)
+    assert _fitting(200) == 64
 
 
 @pytest.mark.slow  # a thousand pictures

@@ -87,6 +87,9 @@ def test_the_indexed_job_runs_its_part(place, service, monkeypatch):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     command, *arguments = [argument.replace("/data", str(place)) for argument in container["args"]]
     assert command == "batch"
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailIndex"
+    assert rule["onExitCodes"]["values"] == [ExitCode.USAGE, ExitCode.SOME_REFUSED], "others may be gone at a rerun"
     assert f"--shard=auto/{job['spec']['completions']}" in arguments
     arguments[1] = f"--url={service.rest_url}"
     for index in range(job["spec"]["completions"]):

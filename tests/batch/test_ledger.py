@@ -62,7 +62,7 @@ def test_an_answer_is_known_after_a_restart_by_address_and_by_bytes(tmp_path):
     content = content_hash(b"x")
     with ledger(tmp_path) as first:
         (question,) = first.open_questions(picture("/a"), content, [QUESTION])
-        first.add_answers(picture("/a"), "1-1", content, [(question, SAID)])
+        first.add_answers(picture("/a"), "1-1", content, [(question, {**SAID, "at": "2000-01-01T00:00:00Z"})])
         assert not first.open_questions(picture("/a"), content, [QUESTION])
     with ledger(tmp_path) as second:
         assert second.found == 1
@@ -75,7 +75,8 @@ def test_an_answer_is_known_after_a_restart_by_address_and_by_bytes(tmp_path):
         assert not second.copy_answers(picture("/b"), "2-2", still_open)
         records = list(second.records())
     assert [record["address"] for record in records] == ["/a", "/b"]
-    assert records[1] == {**records[0], "address": "/b", "state": "2-2"}
+    assert records[1] == {**records[0], "address": "/b", "state": "2-2", "at": records[1]["at"]}
+    assert records[1]["at"] > records[0]["at"], "it is when the copy was written"
     with ledger(tmp_path, rehash=True) as third:
         assert third.known_content(picture("/a"), "1-1") is None
 

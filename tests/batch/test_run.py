@@ -45,9 +45,14 @@ def test_pictures_are_taken_and_read_no_further_ahead_than_said(tmp_path):
         plan = Plan(["<CAPTION>"], concurrency=3, give_up_after=1)
         url = f"http://127.0.0.1:{free_port()}"
         files = OutputFiles.of(tmp_path / "out.jsonl", WHOLE)
-        with Ledger(files, Asked("florence2", "", None, {})) as ledger:
+        asked = Asked("florence2", "", None, {})
+
+        async def meet() -> Asked:
+            return asked
+
+        with Ledger(files, asked) as ledger:
             async with AsyncFlorence2Client(url, retries=0) as client:
-                await Batch(sources, plan, ledger, client, PlainProgress(print), print).run()
+                await Batch(sources, plan, ledger, client, meet, asked, PlainProgress(print), print).run()
 
     with pytest.raises(RunEnded, match="answered no question") as ended:
         asyncio.run(ask_nobody())

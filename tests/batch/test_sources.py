@@ -3,7 +3,9 @@ from __future__ import annotations
 import http.server
 import io
 import os
+import shutil
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,43 @@ def test_a_folder_is_walked_in_order_and_other_files_are_counted(tmp_path):
     assert sources.skipped == 2
     assert sources.count(Event()) == 5
     assert sources.skipped == 2, "counting changed what was enumerated"
+
+
+@pytest.fixture
+def too_deep(tmp_path: Path) -> Iterator[Path]:
+    """A folder with pictures around one of a path longer than the kernel takes, so that nobody can list it."""
+    deep, before = tmp_path / "set" / ("m" * 200), os.getcwd()
+    deep.mkdir(parents=True)
+    os.chdir(deep)
+    for _ in range(20):
+        os.mkdir("m" * 200)
+        os.chdir("m" * 200)
+    os.chdir(before)
+    for name in ("a.png", "z.png"):
+        (tmp_path / "set" / name).write_bytes(b"x")
+    yield tmp_path / "set"
+    shutil.rmtree(deep)
+
+
+def test_a_folder_that_cant_be_listed_is_passed_over_and_said(too_deep):
+    said: list[str] = []
+    sources = Sources([str(too_deep)], say=said.append)
+    assert [Path(address).name for address in addresses(sources)] == ["a.png", "z.png"]
+    assert sources.unlisted == 1
+    (line,) = said
+    assert line.startswith(f"skipping {too_deep}/mmm")
+    assert line.endswith("it can't be listed: File name too long")
+    assert sources.count(Event()) == 2
+    assert len(said) == 1, "counting said it again"
+
+
+def test_a_folder_that_was_named_and_cant_be_listed_ends_it(tmp_path, monkeypatch):
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        list(Sources([str(tmp_path)]))
 
 
 def test_a_relative_folder_gives_the_same_addresses(tmp_path, monkeypatch):
@@ -240,6 +279,25 @@ def test_rows_are_read_in_any_order(tmp_path):
     pictures = list(Sources([str(table(tmp_path / "t.parquet", values, group=300))], column="image"))
     for number in (499, 0, 299, 17, 16, 298, 300, 5):
         assert pictures[number].read() == values[number]
+
+
+@pytest.mark.parametrize("taken", [1, 10], ids=["all", "a tenth"])
+def test_what_was_decoded_is_kept_no_longer_than_somebody_may_read_it(tmp_path, taken):
+    mib = 1 << 20
+    path = table(tmp_path / "t.parquet", [bytes([number]) * mib for number in range(100)], group=100)
+    tracemalloc.start()
+    try:
+        held = []
+        for number, picture in enumerate(Sources([str(path)], column="image")):
+            if number % taken == 0:
+                held.append(picture)
+            if len(held) == 2:
+                for each in reversed(held):
+                    assert len(each.read()) == mib
+                held.clear()
+        assert tracemalloc.get_traced_memory()[1] < 40 * mib
+    finally:
+        tracemalloc.stop()
 
 
 def test_structs_as_hugging_face_writes_them_and_addresses(tmp_path):
