@@ -280,7 +280,10 @@ def read_environment() -> Settings:
 
 def check_ports() -> Iterator[Finding]:
     """Whether `serve` could listen."""
-    settings = read_environment()
+    try:
+        settings = read_environment()
+    except ValueError:  # the check of the settings says so
+        return
     for field in ("http_port", "grpc_port"):
         port = getattr(settings, field)
         with socket.socket() as listener:
