@@ -84,6 +84,7 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # starts two services
 def test_an_embedded_model_that_tells_no_truth_and_an_unknown_one_of_which_none_is_asked(spoilt):
     with LocalService("predictor", model=spoilt) as predictor:
         with LocalService("transformer", predictor_host=predictor.grpc_url) as embedded:

@@ -85,6 +85,7 @@ def test_without_torch_it_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsy
     assert "needs the extra [predictor]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_is_started_as_a_module() -> None:
     command = [sys.executable, "-m", "florence2_kserve.benchmark.transformer", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
