@@ -94,7 +94,7 @@ class Picture:
         Args:
             settings: Height, width and Pillow's resampling filter.
             exact: Whether to resize by Pillow itself; else, in a third of the time, by what differs from it by up to
-                two levels in one of a hundred values (``docs/transformer.md``).
+                two levels in one of fifty values (``docs/transformer.md``).
 
         Returns:
             UINT8 [H, W, 3], contiguous, neither rescaled nor normalised.
@@ -104,7 +104,10 @@ class Picture:
         if exact or swift is None or self.image.width * self.image.height > _MOST_SWIFT_PIXELS:
             image = self.image.resize(size, Image.Resampling(settings.resample), box=self._box)
         else:
-            image = _resize_swiftly(self.image, size, self._box, swift)
+            values = _resize_swiftly(self.image, size, self._box, swift)
+            if self._turn is None:
+                return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=2)
+            image = Image.fromarray(values)
         # Turned when it is small; a turn by 90° before would make levels differ by one or two.
         image = image if self._turn is None else image.transpose(self._turn)
         return np.array(image.convert("RGB"))
@@ -167,8 +170,14 @@ def resize_image(image: Image.Image, settings: ImageSettings) -> np.ndarray[Any,
     return Picture(image, image.size).resized(settings)
 
 
-def _resize_swiftly(image: Image.Image, size: tuple[int, int], box: _Box | None, kind: FilterType) -> Image.Image:
-    """Resizes by vector instructions, in Pillow's order: width, rounded to whole levels, and then height."""
+def _resize_swiftly(
+    image: Image.Image, size: tuple[int, int], box: _Box | None, kind: FilterType
+) -> np.ndarray[Any, Any]:
+    """Resizes by vector instructions, in Pillow's order: width, rounded to whole levels, and then height.
+
+    Returns:
+        UINT8 [H, W, 3] of a picture in mode RGB, [H, W] of one in L; read-only.
+    """
     left, top, right, bottom = box or (0, 0, *image.size)
     pixel = PixelType.U8x3 if image.mode == "RGB" else PixelType.U8
     pixels = ImageData(*image.size, pixel, image.tobytes())
@@ -180,7 +189,8 @@ def _resize_swiftly(image: Image.Image, size: tuple[int, int], box: _Box | None,
         target = ImageData(width, height, pixel)
         resizer.resize(pixels, target, ResizeOptions(ResizeAlg.convolution(kind), crop_box=crop))
         pixels = target
-    return Image.frombytes(image.mode, size, pixels.get_buffer())
+    shape = (size[1], size[0], 3) if image.mode == "RGB" else (size[1], size[0])
+    return np.frombuffer(pixels.get_buffer(), dtype=np.uint8).reshape(shape)
 
 
 def _decode_draft(image: Image.Image, settings: ImageSettings) -> Picture | None:

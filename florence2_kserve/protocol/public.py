@@ -47,7 +47,7 @@ OPTIONAL_INPUTS = (TEXT_PROMPT,)
 INPUTS = (*REQUIRED_INPUTS, *OPTIONAL_INPUTS)
 OUTPUTS = (PARSED_JSON, GENERATED_TEXT, SCORES, MASKS, FINISH_REASON)
 DEFAULT_OUTPUTS = (PARSED_JSON,)
-STOP, LENGTH, ERROR = "stop", "length", "error"  # finish reasons
+LENGTH, ERROR = "length", "error"  # finish reasons beside "stop"
 # The ``platform`` of model metadata, in the protocol's form <project>_<format>.
 PLATFORM, EMBEDDED_PLATFORM = "florence2_safetensors", "florence2_embedded"
 
