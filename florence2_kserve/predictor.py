@@ -76,6 +76,7 @@ def build_engine(settings: Settings, on_fatal: OnFatal | None = None) -> tuple[E
         max_rows=settings.decode_rows,
         max_tokens=settings.max_decode_tokens,
         max_queue_size=settings.max_queue_size,
+        admission_delay=settings.admission_delay_us / 1e6,
         vision_batch_size=settings.vision_batch_size,
         vision_backend=settings.vision_backend,
         compile_vision=settings.compile_vision,

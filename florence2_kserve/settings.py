@@ -50,6 +50,13 @@ class Settings(BaseSettings):
         ge=1,
         description="Beams times max_new_tokens that may be in flight; unset: as max_decode_rows need at most.",
     )
+    admission_delay_us: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Time that a row waits for others to be encoded with, in microseconds; it ends when "
+        "vision_batch_size of them (at least 4) wait.",
+    )
     vision_batch_size: int | None = Field(
         None, ge=1, description="Images encoded between two decode steps; unset: 1 on CPU, 8 on a GPU."
     )
@@ -253,6 +260,7 @@ PREDICTOR_FIELDS = [
     "max_batch_size",
     "max_decode_rows",
     "max_decode_tokens",
+    "admission_delay_us",
     "vision_batch_size",
     "vision_backend",
     "compile_vision",

@@ -62,6 +62,8 @@ class InflightEngine(Engine):
         max_tokens: Beams times max_new_tokens of all requests decoded together; None for 1,024 a row, or the
             decoder's positions where it has fewer.
         max_queue_size: Requests that may wait.
+        admission_delay: Seconds that a request waits for others, so that they are encoded together; nobody waits
+            longer once a micro-batch of them is there.
         vision_batch_size: Images encoded between two decoder steps; None for 1 on a CPU, 8 elsewhere.
         vision_backend: See ``ImageEncoder``.
         compile_vision: See ``ImageEncoder``.
@@ -82,6 +84,7 @@ class InflightEngine(Engine):
         max_rows: int | None = None,
         max_tokens: int | None = None,
         max_queue_size: int = 256,
+        admission_delay: float = 0.0,
         vision_batch_size: int | None = None,
         vision_backend: VisionBackend = "auto",
         compile_vision: bool = False,
@@ -102,7 +105,12 @@ class InflightEngine(Engine):
         self._step_seconds: deque[float] = deque([0.0], maxlen=8)  # of the last decoder steps
         self._cache = FeatureCache(feature_cache_bytes, self.metrics)
         self._scheduler = Scheduler(
-            max_queue_size=max_queue_size, max_batch_size=max_batch_size, max_rows=rows, max_tokens=tokens
+            max_queue_size=max_queue_size,
+            max_batch_size=max_batch_size,
+            max_rows=rows,
+            max_tokens=tokens,
+            admission_delay=admission_delay,
+            full_batch=self._prompt_batch,
         )
         self._runner = self._make_runner(
             loaded,

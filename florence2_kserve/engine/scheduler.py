@@ -68,13 +68,26 @@ class Scheduler:
         max_rows: Beams in flight.
         max_tokens: ``num_beams * max_new_tokens`` of all requests in flight, reserved when admitted, so
             that no request ever has to be thrown out for lack of room.
+        admission_delay: Seconds that the first of the queue waits for others to come along.
+        full_batch: Waiting requests that it no longer waits for others with.
     """
 
-    def __init__(self, *, max_queue_size: int, max_batch_size: int, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_queue_size: int,
+        max_batch_size: int,
+        max_rows: int,
+        max_tokens: int,
+        admission_delay: float = 0.0,
+        full_batch: int = 1,
+    ) -> None:
         self.max_queue_size = max_queue_size
         self.max_batch_size = max_batch_size
         self.max_rows = max_rows
         self.max_tokens = max_tokens
+        self.admission_delay = admission_delay
+        self.full_batch = full_batch
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._rows = self._tokens = 0
@@ -126,13 +139,21 @@ class Scheduler:
     def wait(self) -> bool:
         """Blocks while there is nothing to do; returns False once stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._stopped)
+            while not (self._stopped or self._running):
+                if not self._waiting:
+                    self._changed.wait()
+                elif (delay := self._delay_left()) > 0:
+                    self._changed.wait(delay)
+                else:
+                    break
             return not self._stopped
 
     def admit(self) -> list[Job]:
         """Moves jobs from the head of the queue into flight, as many as fit, and returns them."""
-        admitted = []
+        admitted: list[Job] = []
         with self._changed:
+            if self._delay_left() > 0:
+                return admitted
             while self._waiting and self._fits(self._waiting[0]):
                 job = self._waiting.popleft()
                 self._running.append(job)
@@ -176,6 +197,12 @@ class Scheduler:
             self._running.clear()
             self._rows = self._tokens = 0
             return left
+
+    def _delay_left(self) -> float:
+        """Seconds that the first of the queue still waits for others."""
+        if not self._waiting or len(self._waiting) >= self.full_batch:
+            return 0.0
+        return self._waiting[0].queued_at + self.admission_delay - time.monotonic()
 
     def _fits(self, job: Job) -> bool:
         return (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import numpy as np
@@ -17,7 +18,7 @@ def job(num_beams: int = 3, max_new_tokens: int = 10, deadline: float | None = N
     return Job(GenerationRequest(PIXELS, b"", ids, max_new_tokens, deadline=deadline), num_beams, 1.0)
 
 
-def scheduler(**changes: int) -> Scheduler:
+def scheduler(**changes: float) -> Scheduler:
     return Scheduler(**({"max_queue_size": 10, "max_batch_size": 4, "max_rows": 12, "max_tokens": 1000} | changes))
 
 
@@ -123,3 +124,37 @@ def test_nothing_starves():
                 break
         assert not queued
         assert not running
+
+
+def test_the_first_waits_for_others_but_not_beyond_the_delay_or_a_full_batch():
+    waiting = scheduler(admission_delay=0.2, full_batch=3)
+    first = [job(), job()]
+    waiting.submit(first)
+    assert waiting.admit() == []
+    assert waiting.wait()  # sleeps until the delay is over
+    assert time.monotonic() - first[0].queued_at >= 0.2
+    assert waiting.admit() == first
+    full = [job() for _ in range(3)]
+    for one in first:
+        waiting.release(one)
+    waiting.submit(full)
+    assert waiting.admit() == full
+
+
+def test_who_decodes_goes_on_while_the_next_one_waits_for_others():
+    waiting = scheduler(admission_delay=60, full_batch=2)
+    waiting.submit([job(), job()])
+    assert len(waiting.admit()) == 2
+    waiting.submit([job()])
+    assert waiting.wait()
+    assert waiting.admit() == []
+
+
+def test_another_that_comes_ends_the_waiting():
+    waiting = scheduler(admission_delay=60, full_batch=2)
+    waiting.submit([job()])
+    thread = threading.Thread(target=lambda: waiting.submit([job()]))
+    thread.start()
+    assert waiting.wait()
+    thread.join()
+    assert len(waiting.admit()) == 2
