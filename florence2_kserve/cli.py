@@ -167,11 +167,18 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def benchmark(context: typer.Context) -> None:
-    """Compare the engine (or, as `benchmark transformer`, the transformer) with transformers; --help lists options."""
+    """Compare the engine (or, as `benchmark transformer`, the transformer) with transformers; --help lists options.
+
+    `benchmark make-checkpoint` writes random weights at a real size, to time a whole service with.
+    """
     if context.args[:1] == ["transformer"]:
         from florence2_kserve.benchmark.transformer import main as run_transformer
 
         raise typer.Exit(run_transformer(context.args[1:]))
+    if context.args[:1] == ["make-checkpoint"]:
+        from florence2_kserve.benchmark.checkpoint import main as make_checkpoint
+
+        raise typer.Exit(make_checkpoint(context.args[1:]))
     from florence2_kserve.benchmark.__main__ import main as run
 
     raise typer.Exit(run(context.args))
