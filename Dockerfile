@@ -13,6 +13,7 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.pem \
        install --require-hashes --no-deps --requirement /build.txt
 COPY pyproject.toml README.md LICENSE /src/
 COPY florence2_kserve /src/florence2_kserve
+COPY loadtest /src/loadtest
 RUN cd /src && /build/bin/hatchling build --target wheel --directory /dist \
     && /build/bin/pip --python /opt/florence2/bin/python --quiet install --no-index --no-deps --no-compile /dist/*.whl \
     && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/florence2/lib

@@ -27,7 +27,7 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(SAY) "mypy"
-	@$(RUN)/mypy florence2_kserve
+	@$(RUN)/mypy florence2_kserve loadtest/florence2_loadtest
 
 quick: $(VENV)/.installed $(BASE_VENV)/.installed
 	$(SAY) "pytest, without the slow ones"

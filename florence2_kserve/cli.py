@@ -184,6 +184,23 @@ def benchmark(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(
+    "loadtest",
+    # Its commands are read where they are, since they need packages that the base install doesn't have.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def loadtest(context: typer.Context) -> None:
+    """Load tests, scaling tests, sweeps of settings, reports; --help lists the commands. Needs the extra [loadtest]."""
+    try:
+        from florence2_loadtest.command import main as run_loadtest
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("florence2"):
+            raise
+        typer.echo(f"error: {error}; install the extra: pip install 'florence2-kserve[loadtest]'", err=True)
+        raise typer.Exit(ExitCode.FAILED) from None
+    run_loadtest(context.args)
+
+
 @app.command("evaluate-embedded")
 def evaluate_embedded(
     scenes: Annotated[int, typer.Option(help="Held-out scenes.", min=1)] = 500,
@@ -220,7 +237,7 @@ def _serve(run: Callable[[], None]) -> None:
 
 def complete_switches(arguments: Sequence[str]) -> list[str]:
     """Returns `arguments` with ``=true`` behind bare switches: KServe passes some without a value, some with one."""
-    if arguments[:1] == ["benchmark"]:
+    if arguments[:1] in (["benchmark"], ["loadtest"]):
         return list(arguments)
     switches = {
         flag

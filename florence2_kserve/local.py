@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from florence2_kserve.client import Florence2Client
+from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.settings import (
     ENV_PREFIX,
     PREDICTOR_FIELDS,
@@ -85,6 +87,7 @@ class LocalService:
         host: Another loopback address.
         http_port: None for a free one.
         grpc_port: None for a free one.
+        environment: The process's variables; None for those of this process.
         **flags: Other fields of Settings.
 
     Attributes:
@@ -102,12 +105,13 @@ class LocalService:
         host: str = LOOPBACK,
         http_port: int | None = None,
         grpc_port: int | None = None,
+        environment: Mapping[str, str] | None = None,
         **flags: Any,
     ) -> None:
         self._start, self._wait = [*python, command], wait
         self.http_port, self.grpc_port = http_port or free_port(), grpc_port or free_port()
         self.rest_url, self.grpc_url = f"http://{host}:{self.http_port}", f"{host}:{self.grpc_port}"
-        self._timeout = timeout
+        self._timeout, self._environment = timeout, environment
         self._flags = {"host": host, "http_port": self.http_port, "grpc_port": self.grpc_port, **flags}
         self._log = tempfile.NamedTemporaryFile(prefix="florence2-serve-", suffix=".log", delete=False)  # noqa: SIM115
         self.process: subprocess.Popen[bytes] | None = None
@@ -119,8 +123,9 @@ class LocalService:
             command,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            env=self._environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None,
         )
         end = time.monotonic() + self._timeout
         name = str(self._flags.get("model_name", Settings.model_fields["model_name"].default))
@@ -168,13 +173,15 @@ def _start(command: str, settings: Settings, fields: list[str]) -> subprocess.Po
         [sys.executable, "-m", "florence2_kserve.cli", command, *flags],
         env=environment,
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None,
     )
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Has the kernel end this process when its parent is killed without a chance to end it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before the kernel knew
+        os._exit(ExitCode.FAILED)
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:

@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, *, size: SizeName, profile: ProfileName, dtyp
     loaded.model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         weights.chmod(0o644)  # a service under another user reads them
-    embedded = locate_model().folder
+    embedded = locate_model(with_weights=False).folder
     tokenizer = _read(embedded / "tokenizer.json")
     if shape.vocab_size > _BART_WORDS:
         tokenizer = _spread(tokenizer)

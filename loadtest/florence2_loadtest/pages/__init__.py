@@ -1,0 +1,1 @@
+"""What reports consist of, for all kinds of results, and how that becomes HTML and PDF."""
