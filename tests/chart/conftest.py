@@ -22,6 +22,7 @@ imagePullSecrets: [{name: registry}]
 ingress: {enabled: true, host: florence2.example.com, gateway: {name: public}}
 networkPolicy: {enabled: true, egress: {enabled: true}}
 podMonitor: {enabled: true}
+loadtest: {enabled: true, scenario: "load: {schedule: 'constant:1/s,5s'}", nodeSelector: {load: "yes"}}
 transformer:
   priorityClassName: high
   topologySpreadConstraints: [{maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: ScheduleAnyway}]
@@ -47,6 +48,7 @@ knative: {rolloutDuration: 2m, podSecurityContext: true}
 ingress: {enabled: true, host: florence2.example.com, tlsSecret: tls}
 networkPolicy: {enabled: true, egress: {enabled: true}}
 podMonitor: {enabled: true}
+loadtest: {enabled: true, autoscalerLog: {read: true}, results: {existingClaim: results}}
 transformer:
   protocol: grpc
   autoscaling: {minReplicas: 0, kpa: {window: 10s, targetUtilizationPercentage: 80, activationScale: 2}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,7 @@ class Case:
 CASES = (
     Case("standard-cpu", ("ci/standard-cpu-values.yaml",)),
     Case("knative-cpu", ("ci/knative-cpu-values.yaml",)),
+    Case("knative-cpu-loadtest", ("ci/knative-cpu-values.yaml", "ci/knative-cpu-loadtest-values.yaml")),
     Case("standard-hpa-gpu", ("values-gpu.yaml", "ci/standard-hpa-gpu-values.yaml")),
     Case("standard-keda-gpu", ("values-gpu.yaml", "ci/standard-keda-gpu-values.yaml")),
     Case("knative-gpu", ("values-gpu.yaml", "ci/knative-gpu-values.yaml")),
@@ -46,17 +48,21 @@ def render() -> dict[Path, str]:
     for case in CASES:
         folder = Path(case.name)
         resources = _template(case)
-        images = sorted(
-            image
-            for document in yaml.safe_load_all(resources)
-            if document["kind"] == "InferenceService"
-            for part in ("transformer", "predictor")
-            for image in [document["spec"][part]["containers"][0]["image"]]
-        )
+        images = sorted(image for document in yaml.safe_load_all(resources) for image in _images(document))
         files[folder / "namespace.yaml"] = _HEADER + _NAMESPACE
         files[folder / "florence2.yaml"] = _HEADER + resources
         files[folder / "kustomization.yaml"] = _HEADER + _about(case) + _kustomization(images)
     return files
+
+
+def _images(document: dict[str, Any]) -> list[str]:
+    """Returns the images of an InferenceService's components, or of a Job."""
+    specs = {
+        "InferenceService": lambda spec: [spec["transformer"], spec["predictor"]],
+        "Job": lambda spec: [spec["template"]["spec"]],
+    }
+    pods = specs[document["kind"]](document["spec"]) if document["kind"] in specs else []
+    return [pod["containers"][0]["image"] for pod in pods]
 
 
 def _template(case: Case) -> str:

@@ -46,7 +46,7 @@ def test_everything_is_rendered_somewhere(render: Render) -> None:
     kinds = {item["kind"] for case in CASES.values() for item in render(*case)}
     assert kinds == {
         "InferenceService", "ServiceAccount", "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor",
-        "HTTPRoute", "Ingress", "DomainMapping", "Pod",
+        "HTTPRoute", "Ingress", "DomainMapping", "Pod", "Job", "ConfigMap", "Role", "RoleBinding",
     }  # fmt: skip
 
 

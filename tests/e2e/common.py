@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-
-from PIL import Image
 
 from .kube import KubeError
 from .load import Load, Question
@@ -44,13 +41,6 @@ def assert_answers(release: Release, questions: list[Question], *, grpc: bool = 
     with release.connect(grpc=grpc) as client:
         for question in questions:
             assert client.infer(question.image, question.task, question.text) == question.answer, question.task
-
-
-def enlarged(picture: bytes, side: int = 3072) -> bytes:
-    """Returns a picture as a JPEG of `side` × `side` pixels."""
-    with Image.open(io.BytesIO(picture)) as image, io.BytesIO() as file:
-        image.convert("RGB").resize((side, side)).save(file, "JPEG")
-        return file.getvalue()
 
 
 def run_conformance(release: Release) -> str:

@@ -21,10 +21,11 @@ def push_all(cluster: Cluster) -> dict[str, dict[str, str]]:
     Returns:
         The chart's image value of each target: repository, tag, pullPolicy.
     """
-    return {target: _push(cluster, target) for target in TARGETS}
+    return {target: push(cluster, target) for target in TARGETS}
 
 
-def _push(cluster: Cluster, target: str) -> dict[str, Any]:
+def push(cluster: Cluster, target: str) -> dict[str, Any]:
+    """Builds and pushes one image, and returns the chart's image value of it."""
     image = build.build(target)
     # Named by its content, so that a change is a rollout and the same thing is not pulled again.
     tag = subprocess.run(

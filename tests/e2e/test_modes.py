@@ -1,4 +1,4 @@
-"""The chart in both deployment modes: answers, balance, rollouts under load, scaling out and in, and no trace left."""
+"""The chart in both deployment modes: answers, balance, rollouts under load, and no trace left."""
 
 from __future__ import annotations
 
@@ -8,36 +8,12 @@ from typing import Any
 
 import pytest
 
-from .common import assert_answers, assert_gone, assert_locked_down, enlarged, kill, run_conformance, share_of_rows
-from .conftest import OUTPUT
+from .common import assert_answers, assert_gone, assert_locked_down, kill, run_conformance, share_of_rows
 from .kube import Cluster, Kube
 from .load import Load, Question
 from .release import Release
-from .timeline import Timeline
 
 KNATIVE, STANDARD = "Knative", "Standard"
-SCALING: dict[str, dict[str, Any]] = {
-    KNATIVE: {
-        "transformer": {
-            "autoscaling": {"minReplicas": 0, "maxReplicas": 3, "kpa": {"target": 2, "window": "10s"}},
-        },
-        "predictor": {
-            "autoscaling": {"minReplicas": 0, "maxReplicas": 2, "kpa": {"target": 4, "window": "10s"}},
-        },
-    },
-    STANDARD: {
-        "transformer": {
-            "autoscaling": {
-                "class": "hpa",
-                "minReplicas": 1,
-                "maxReplicas": 3,
-                "hpa": {"targetCPUUtilizationPercentage": 50},
-            },
-            "resources": {"requests": {"cpu": "100m"}},  # an idle one takes 4m
-        },
-        "predictor": {"autoscaling": {"class": "none", "minReplicas": 2, "maxReplicas": 2}},
-    },
-}
 
 
 def steady(mode: str, **settings: Any) -> dict[str, Any]:
@@ -142,15 +118,6 @@ def test_upgrade_and_rollback_under_load_lose_nothing(release: Release, question
     load.assert_nothing_lost()
 
 
-def test_scales_out_and_in(release: Release, kube: Kube, questions: list[Question]) -> None:
-    release.apply(SCALING[release.mode])
-    with Timeline(kube, release.namespace, release.mode) as timeline:
-        load = (_from_zero if release.mode == KNATIVE else _by_cpu)(release, timeline, questions)
-    timeline.write(OUTPUT / f"{release.mode.lower()}-scale.csv")
-    print(f"{load.outcome}\n{timeline.changes()}")
-    load.assert_nothing_lost()
-
-
 def test_uninstall_leaves_nothing(release: Release) -> None:
     release.uninstall()
     assert_gone(release)
@@ -163,40 +130,3 @@ def _assert_unnoticed(release: Release, load: Load, before: float) -> float:
     load.assert_nothing_lost()
     assert load.outcome.retries == 0, "the transformer asks again, clients notice nothing"
     return asked_again
-
-
-def _from_zero(release: Release, timeline: Timeline, questions: list[Question]) -> Load:
-    """Zero, one cold request, more replicas, zero again."""
-    kube, namespace, first = release.kube, release.namespace, questions[0]
-    timeline.note("no requests")
-    kube.wait("scale to zero", 120, lambda: not kube.pods(namespace), namespace)
-    timeline.note("zero; one request")
-    began = time.monotonic()
-    with release.connect() as client:
-        assert client.infer(first.image, first.task, first.text) == first.answer
-        timeline.note(f"answered after {time.monotonic() - began:.1f} s, {client.retries_made} retries")
-    with Load(release.connect, questions, senders=10) as load:
-        timeline.load = load
-        timeline.note("10 requests in flight")
-        kube.wait("more transformers", 120, lambda: timeline.most("transformer_ready") > 1, namespace)
-        load.wait_for(20, 120)
-    timeline.note("no requests")
-    kube.wait("scale to zero again", 180, lambda: not kube.pods(namespace), namespace)
-    timeline.note("zero")
-    return load
-
-
-def _by_cpu(release: Release, timeline: Timeline, questions: list[Question]) -> Load:
-    """One transformer, more, one again; the predictors stay as they are."""
-    kube, namespace = release.kube, release.namespace
-    # Pictures as phones take them: to decode and to shrink them is what costs a transformer its CPU time.
-    large = [Question(enlarged(question.image), question.task, question.text) for question in questions]
-    with Load(release.connect, large, senders=8) as load:
-        timeline.load = load
-        timeline.note("8 requests in flight")
-        kube.wait("more transformers", 180, lambda: timeline.most("transformer_ready") > 1, namespace)
-        load.wait_for(20, 120)
-    timeline.note("no requests")
-    kube.wait("one transformer", 240, lambda: len(kube.pods(namespace, "transformer")) == 1, namespace)
-    timeline.note("one transformer")
-    return load
