@@ -1,0 +1,1 @@
+"""Search over settings: each configuration in fresh servers, under the same load."""

@@ -1,0 +1,157 @@
+"""The sweep itself: the defaults, the search's configurations, and the defaults again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from florence2_loadtest.results import Level, Trial
+from florence2_loadtest.sweep.objective import Objective
+from florence2_loadtest.sweep.search import Search
+from florence2_loadtest.sweep.values import figures
+
+_MOST_OF_AN_ERROR = 4000  # characters
+
+Measure = Callable[[Mapping[str, Any]], Sequence[Level]]
+
+
+class TrialFailed(Exception):
+    """A configuration couldn't be measured; says why, with the end of the servers' logs."""
+
+
+class Ledger(Protocol):
+    """Where trials are noted, see `Checkpoint`."""
+
+    trials: list[Trial]
+
+    def add(self, trial: Trial) -> None:
+        """Notes a trial that has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop; the defaults at both ends come on top.
+
+    Attributes:
+        trials: Most configurations.
+        minutes: Time in trials after which no further one begins, earlier runs included.
+    """
+
+    trials: int | None = None
+    minutes: float | None = None
+
+    def allows_another(self, trials: int, seconds: float) -> bool:
+        """Whether there is some left after that much."""
+        if self.trials is not None and trials >= self.trials:
+            return False
+        return self.minutes is None or seconds < self.minutes * 60
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Measures one configuration after the other, and notes each as it ends.
+
+    Attributes:
+        names: The settings that are searched over.
+        search: Which configuration comes next.
+        objective: What trials are judged by.
+        measure: Measures settings in fresh servers; raises TrialFailed.
+        fixed: Settings of all trials; alone, they are the defaults that others are compared with.
+        budget: When to stop.
+        say: Tells of progress.
+    """
+
+    names: Sequence[str]
+    search: Search
+    objective: Objective
+    measure: Measure
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+    say: Callable[[str], None] = print
+
+    def run(self, ledger: Ledger) -> None:
+        """Goes on where `ledger` ends, until the search or the budget does."""
+        for trial in ledger.trials:
+            judge(trial, self.objective)
+            if not self._is_reference(trial):
+                self.search.tell({name: trial.settings[name] for name in self.names}, trial)
+        if ledger.trials:
+            self.say(f"going on after {len(ledger.trials)} trials")
+        else:
+            self._try(ledger, {})
+        while self._may_go_on(ledger) and (configuration := self.search.next()) is not None:
+            self.search.tell(configuration, self._try(ledger, configuration))
+        if not self._is_reference(ledger.trials[-1]):
+            self._try(ledger, {})
+
+    def _may_go_on(self, ledger: Ledger) -> bool:
+        searched = [trial for trial in ledger.trials if not self._is_reference(trial)]
+        return self.budget.allows_another(len(searched), sum(trial.seconds for trial in ledger.trials))
+
+    def _is_reference(self, trial: Trial) -> bool:
+        return trial.settings.keys().isdisjoint(self.names)
+
+    def _try(self, ledger: Ledger, configuration: Mapping[str, Any]) -> Trial:
+        trial = Trial.model_validate({"number": len(ledger.trials), "settings": {**self.fixed, **configuration}})
+        began = time.monotonic()
+        try:
+            trial.levels = list(self.measure(trial.settings))
+        except Exception as error:  # whatever it is, other configurations may do better
+            trial.state = "failed"
+            what = str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
+            trial.error = what[-_MOST_OF_AN_ERROR:]
+        trial.seconds = time.monotonic() - began
+        judge(trial, self.objective)
+        ledger.add(trial)
+        self.say(_line(trial, configuration))
+        return trial
+
+
+def judge(trial: Trial, objective: Objective) -> None:
+    """Writes into a trial what it is worth; one without answers has failed."""
+    trial.score = trial.admissible = None
+    if trial.state == "failed":
+        return
+    try:
+        verdict = objective.judge(trial.levels)
+    except ValueError as error:
+        trial.state, trial.error = "failed", str(error)
+        return
+    trial.score, trial.admissible = verdict.score, verdict.admissible
+
+
+def references(trials: Sequence[Trial], names: Sequence[str]) -> list[Trial]:
+    """Returns the trials of the defaults."""
+    return [trial for trial in trials if trial.settings.keys().isdisjoint(names)]
+
+
+def recommend(trials: Sequence[Trial], names: Sequence[str], objective: Objective) -> Trial | None:
+    """Returns the best admissible trial, of the defaults' the first alone; None if there is none."""
+    repeats = references(trials, names)[1:]
+    ranked = objective.rank([trial for trial in trials if trial not in repeats])
+    return next((trial for trial in ranked if trial.admissible), None)
+
+
+def noise(trials: Sequence[Trial], names: Sequence[str]) -> float | None:
+    """Returns by which share the defaults' scores differ, measured first and last; None if that isn't known."""
+    scores = [trial.score for trial in references(trials, names) if trial.score]
+    return max(scores) / min(scores) - 1 if len(scores) > 1 else None
+
+
+def _line(trial: Trial, configuration: Mapping[str, Any]) -> str:
+    what = describe(configuration)
+    if trial.state == "failed":
+        last = (trial.error or "").strip().splitlines()[-1:]
+        return f"{trial.number}  {what}: failed: {' '.join(last)}"
+    kept = "" if trial.admissible else ", not admissible"
+    return f"{trial.number}  {what}: {figures(trial)}{kept} ({trial.seconds:.0f} s)"
+
+
+def describe(configuration: Mapping[str, Any]) -> str:
+    """Returns a configuration in words."""
+    return " ".join(f"{name}={'unset' if value is None else value}" for name, value in configuration.items()) or (
+        "the defaults"
+    )
