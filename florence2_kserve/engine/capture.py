@@ -93,9 +93,7 @@ class _GraphedStep:
             if len(self._recordings) > _MAX_RECORDINGS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
-        for name, value in _items(inputs):
-            if isinstance(value, torch.Tensor):
-                getattr(recording.inputs, name).copy_(value)
+        _copy(inputs, recording.inputs)
         recording.graph.replay()
         assert self._logits is not None
         return self._logits[: inputs.num_logits]
@@ -117,6 +115,17 @@ class _GraphedStep:
             self._logits[: inputs.num_logits].copy_(self._step(own, store))
         self._pool = self._pool or graph.pool()
         return _Recording(own, graph)
+
+
+def _copy(source: StepInputs, target: StepInputs) -> None:
+    """Copies the tensors of `source` to those of `target`, which have the same shapes: a launch for each type."""
+    by_type: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, value in _items(source):
+        if isinstance(value, torch.Tensor):
+            by_type.setdefault(value.dtype, []).append((getattr(target, name), value))
+    for pairs in by_type.values():
+        targets, values = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, values)
 
 
 def _items(inputs: StepInputs) -> list[tuple[str, Any]]:

@@ -41,30 +41,32 @@ class StepInputs:
     Attributes:
         tokens: int64 [R], tokens to feed; rows whose logits are wanted come first.
         positions: int64 [R], their positions.
-        row_queries: int64 [R], each row's place among the queries, lane * Q + query.
+        row_queries: int64 [R], each row's place among the queries, lane * Q + query; None where row after row has
+            the next place, as then `query_rows` is.
         query_rows: int64 [C*Q], the row at each place; any row of the same lane where there is none.
         row_pages: int64 [R], page that the row's key and value go to.
         row_offsets: int64 [R], entry in it.
         page_lanes: int64 [N], which lane owns a page; any for free ones.
-        page_numbers: int64 [N], which of its lane's pages it is.
+        page_places: int64 [N], its place among the pages of all lanes, lane * M + number.
         lane_pages: int64 [C,M], each lane's pages; its first one where it has fewer.
-        lane_lacks_page: bool [C,M], whether it has fewer.
-        is_hidden: bool [C,Q,M*E], which entries a query does not attend to.
-        cross_mask: bool [C,1,1,S], which encoder positions exist; None where all do.
+        lane_lacks_page: bool [C,M], whether it has fewer; None where none has.
+        is_hidden: bool [N,Q,E], which entries of a page its lane's queries do not attend to.
+        cross_mask: [C,1,1,S] in the model's precision, 0 for encoder positions that exist, else minus infinity; None
+            where all do.
         num_logits: Rows whose logits are wanted.
         cross_length: S.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    row_queries: torch.Tensor
-    query_rows: torch.Tensor
+    row_queries: torch.Tensor | None
+    query_rows: torch.Tensor | None
     row_pages: torch.Tensor
     row_offsets: torch.Tensor
     page_lanes: torch.Tensor
-    page_numbers: torch.Tensor
+    page_places: torch.Tensor
     lane_pages: torch.Tensor
-    lane_lacks_page: torch.Tensor
+    lane_lacks_page: torch.Tensor | None
     is_hidden: torch.Tensor
     cross_mask: torch.Tensor | None
     num_logits: int
@@ -75,8 +77,7 @@ class KeyValueStore:
     """Keys and values of all lanes, allocated once.
 
     Attributes:
-        self_keys: [layers,pages,H,E,D].
-        self_values: Likewise.
+        self_entries: [layers,2,pages,H,E,D], keys and values.
         cross_keys: [layers,lanes,H,S,D].
         cross_values: Likewise.
     """
@@ -93,9 +94,9 @@ class KeyValueStore:
         device: torch.device,
     ) -> None:
         layers, heads, width = len(decoder.layers), decoder.num_heads, decoder.head_dim
-        self.self_keys, self.self_values, self.cross_keys, self.cross_values = (
+        self.self_entries, self.cross_keys, self.cross_values = (
             _zeros((layers, *shape, width), dtype, device)
-            for shape in [(pages, heads, entries)] * 2 + [(lanes, heads, cross_length)] * 2
+            for shape in [(2, pages, heads, entries), *[(lanes, heads, cross_length)] * 2]
         )
 
     def move_lane(self, source: int, target: int, length: int) -> None:
@@ -107,9 +108,8 @@ class KeyValueStore:
         """Clears what a lane held: NaN in a value would outlive its mask, as 0 times NaN is NaN."""
         for tensor in (self.cross_keys, self.cross_values):
             tensor[:, lane] = 0
-        for tensor in (self.self_keys, self.self_values):
-            for page in pages:
-                tensor[:, page] = 0
+        for page in pages:
+            self.self_entries[:, :, page] = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -146,7 +146,7 @@ class Decoder:
         self._scale = self.head_dim**-0.5
         self._activation = ACT2FN[config.activation_function]
         self._tokens = bart.embed_tokens
-        self._positions = bart.embed_positions.weight
+        self._positions = bart.embed_positions.weight[_POSITION_OFFSET:]
         self._embedding_norm = bart.layernorm_embedding
         self._head = model.lm_head
         self.layers = [
@@ -192,10 +192,11 @@ class Decoder:
         Returns:
             float32 [num_logits,V].
         """
-        hidden = self._tokens(inputs.tokens) + self._positions[inputs.positions + _POSITION_OFFSET]  # [R,d]
+        hidden = self._tokens(inputs.tokens) + self._positions[inputs.positions]  # [R,d]
         hidden = self._embedding_norm(hidden)
+        mask = self._page_mask(inputs, hidden.dtype)
         for index, layer in enumerate(self.layers):
-            attended = self._self_attention(hidden, layer, inputs, store.self_keys[index], store.self_values[index])
+            attended = self._self_attention(hidden, layer, inputs, store.self_entries[index], mask)
             hidden = layer.self_norm(hidden + layer.self_out(attended))
             attended = self._cross_attention(hidden, layer, inputs, store.cross_keys[index], store.cross_values[index])
             hidden = layer.cross_norm(hidden + layer.cross_out(attended))
@@ -208,28 +209,33 @@ class Decoder:
             return (self._head.weight @ hidden.T).T.contiguous()
         return self._head(hidden)
 
-    def _self_attention(
-        self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        pages, per_lane = len(inputs.page_lanes), inputs.lane_pages.shape[1]
-        query, key, value = rearrange(layer.qkv(hidden), "r (qkv h d) -> qkv r h d", qkv=3, h=self.num_heads)
-        keys[inputs.row_pages, :, inputs.row_offsets] = key
-        values[inputs.row_pages, :, inputs.row_offsets] = value
+    def _page_mask(self, inputs: StepInputs, dtype: torch.dtype) -> torch.Tensor:
+        """Returns what is added to the scores of each page, [N*H,Q,E]."""
+        pages, queries, entries = inputs.is_hidden.shape
+        shape = (pages, self.num_heads, queries, entries)
+        mask = torch.zeros(shape, dtype=dtype, device=inputs.is_hidden.device)
+        return mask.masked_fill_(inputs.is_hidden[:, None], torch.finfo(dtype).min).view(-1, queries, entries)
 
-        folded = self._fold(query * self._scale, inputs)  # [C,H,Q,D]
-        scores = folded[inputs.page_lanes] @ keys[:pages].transpose(2, 3)  # [N,H,Q,E]
-        scores = rearrange(scores[inputs.lane_pages], "c m h q e -> c h q (m e)")
-        scores = scores.masked_fill(inputs.is_hidden[:, None], torch.finfo(scores.dtype).min)
-        weights = rearrange(scores.softmax(dim=-1), "c h q (m e) -> c m h q e", m=per_lane)
-        mixed = weights[inputs.page_lanes, inputs.page_numbers] @ values[:pages]  # [N,H,Q,D]
-        # Brought together and summed, not added up in place: on a GPU that would have no fixed order.
-        mixed = mixed[inputs.lane_pages].masked_fill(inputs.lane_lacks_page[:, :, None, None, None], 0).sum(dim=1)
-        return self._unfold(mixed, inputs)
+    def _self_attention(
+        self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, entries: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        # Dimensions are brought into order by the look-ups, which copy anyway: each operation is a launch on a GPU.
+        pages = len(inputs.page_lanes)
+        projected = layer.qkv(hidden).view(len(hidden), 3, self.num_heads, self.head_dim)
+        entries[:, inputs.row_pages, :, inputs.row_offsets] = projected[:, 1:]
+        keys, values = entries[:, :pages].flatten(1, 2)  # [N*H,E,D]
+
+        queries = self._fold(projected[:, 0], inputs).index_select(0, inputs.page_lanes)  # [N,H,Q,D]
+        scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.transpose(1, 2), alpha=self._scale)
+        scores = scores.view(pages, self.num_heads, *mask.shape[1:])  # [N,H,Q,E]
+        weights = _softmax_over_pages(scores, inputs)
+        mixed = (weights.flatten(0, 1) @ values).view(pages, self.num_heads, -1, self.head_dim)
+        return self._unfold(_sum_of_pages(mixed, inputs), inputs)
 
     def _cross_attention(
         self, hidden: torch.Tensor, layer: _Layer, inputs: StepInputs, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        query = rearrange(layer.cross_q(hidden), "r (h d) -> r h d", h=self.num_heads)
+        query = layer.cross_q(hidden).view(len(hidden), self.num_heads, self.head_dim)
         folded = self._fold(query, inputs)
         lanes, length = len(folded), inputs.cross_length
         mixed = F.scaled_dot_product_attention(
@@ -239,15 +245,43 @@ class Decoder:
             attn_mask=inputs.cross_mask,
             scale=self._scale,
         )
-        return self._unfold(mixed, inputs)
+        return self._unfold(mixed.transpose(1, 2), inputs)
 
     def _fold(self, rows: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
         """[R,H,D] -> [C,H,Q,D]."""
-        return rearrange(rows[inputs.query_rows], "(c q) h d -> c h q d", c=len(inputs.lane_pages))
+        if inputs.query_rows is not None:
+            rows = rows.index_select(0, inputs.query_rows)
+        return rows.unflatten(0, (len(inputs.lane_pages), -1)).transpose(1, 2)
 
     def _unfold(self, lanes: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
-        """[C,H,Q,D] -> [R,H*D]."""
-        return rearrange(lanes, "c h q d -> (c q) (h d)")[inputs.row_queries]
+        """[C,Q,H,D] -> [R,H*D]."""
+        rows = lanes.reshape(-1, self.num_heads * self.head_dim)
+        return rows if inputs.row_queries is None else rows.index_select(0, inputs.row_queries)
+
+
+def _softmax_over_pages(scores: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+    """Returns the weights of each page's entries, [N,H,Q,E], over all pages of its lane."""
+    lanes, most = inputs.lane_pages.shape
+    if most == 1:
+        return scores.softmax(dim=-1)
+    _, heads, queries, entries = scores.shape
+    by_lane = scores.permute(1, 2, 0, 3).index_select(2, inputs.lane_pages.view(-1))  # [H,Q,C*M,E]
+    if inputs.lane_lacks_page is not None:
+        by_lane.masked_fill_(inputs.lane_lacks_page.reshape(-1, 1), torch.finfo(scores.dtype).min)
+    weights = by_lane.view(heads, queries, lanes, most * entries).softmax(dim=-1)
+    return weights.view(by_lane.shape).permute(2, 0, 1, 3).index_select(0, inputs.page_places)
+
+
+def _sum_of_pages(mixed: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
+    """Returns the sum over each lane's pages: [N,H,Q,D] -> [C,Q,H,D]."""
+    by_lane = mixed.transpose(1, 2).index_select(0, inputs.lane_pages.view(-1))  # [C*M,Q,H,D]
+    lanes, most = inputs.lane_pages.shape
+    if most == 1:
+        return by_lane
+    if inputs.lane_lacks_page is not None:
+        by_lane.masked_fill_(inputs.lane_lacks_page.reshape(-1, 1, 1, 1), 0)
+    # Brought together and summed, not added up in place: on a GPU that would have no fixed order.
+    return by_lane.unflatten(0, (lanes, most)).sum(dim=1)
 
 
 def _joined(*parts: nn.Linear) -> nn.Linear:

@@ -7,15 +7,15 @@ has, which pages of keys and values belong to it, and in which order the rows of
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from florence2_kserve.engine import beam
-from florence2_kserve.engine.beam import BeamState
+from florence2_kserve.engine import beam, beam_state
+from florence2_kserve.engine.beam_state import BeamState
 from florence2_kserve.engine.capture import Capture, capture_step
 from florence2_kserve.engine.decoder import Decoder, KeyValueStore, StepInputs
 from florence2_kserve.engine.metrics import EngineMetrics
@@ -70,7 +70,10 @@ class _Layout:
     row_slots: Array  # [R]
     row_queries: Array  # [R]
     is_prompt: Array  # [R]
+    prompt_tokens: Array  # what new searches feed, in the order of their rows, which are the last ones
+    prompt_sees: Array  # [3,·], slots, queries and which entries these see beside their own: those before
     query_rows: Array  # [C*Q]
+    is_in_order: bool  # whether each row has the next place among the queries
     writes: Array  # [C], entries that a step adds to each lane
     num_logits: int
     num_queries: int
@@ -151,9 +154,10 @@ class Runner:
             self._decoder.step,
             decode_capture,
             self._device,
-            max_logits=_bucket(max_batch_size * max_num_beams, 4),
+            max_logits=max(_bucket(max_batch_size * max_num_beams, 4), _bucket(max_batch_size, 4) * max_num_beams),
         )
         self._bucketed = decode_capture != "off"
+        self._has_one_form = decode_capture == "compile"  # each set of inputs would be compiled by itself
         self.max_prompt_tokens = min(loaded.max_source_positions - self.images.image_seq_length, MAX_PROMPT_TOKENS)
 
         per_lane = -(-(max_num_beams * loaded.max_target_positions + 2) // PAGE_ENTRIES)
@@ -172,12 +176,13 @@ class Runner:
             device=self._device,
         )
         queries = max(max_num_beams, 2)
-        self._visible = torch.zeros(
-            (max_batch_size, queries, per_lane * PAGE_ENTRIES), dtype=torch.bool, device=self._device
+        # Which entries of its lane each query does not attend to.
+        self._hidden = torch.zeros(
+            (max_batch_size, queries, per_lane, PAGE_ENTRIES), dtype=torch.bool, device=self._device
         )
         # By slot; kept on the host, where every length is known without asking the device.
-        self._entries, self._lengths, self._max_lengths, self._num_pages, self._cross_lengths = (
-            np.zeros(max_batch_size, dtype=np.int64) for _ in range(5)
+        self._entries, self._lengths, self._num_pages, self._cross_lengths = (
+            np.zeros(max_batch_size, dtype=np.int64) for _ in range(4)
         )
         self._lane_pages = np.zeros((max_batch_size, per_lane), dtype=np.int64)
         self._page_lanes, self._page_numbers = (np.zeros(pages, dtype=np.int64) for _ in range(2))
@@ -186,7 +191,7 @@ class Runner:
         self._slots: list[Lane | None] = []
         self._groups: list[_Group] = []
         self.is_intact = True
-        self._true = torch.ones((), dtype=torch.bool, device=self._device)
+        self._false = torch.zeros((), dtype=torch.bool, device=self._device)
         self._layout: _Layout | None = None
 
     @property
@@ -230,8 +235,8 @@ class Runner:
                 if lane.job is job:
                     if scrub:
                         self._store.scrub(lane.slot, lane.pages)
-                    kept = [i for i in range(len(group.lanes)) if i != place]
-                    self._drop(group, [place], group.state.select(self._moved(kept)))
+                    kept = np.delete(np.arange(len(group.lanes)), place)
+                    self._drop(group, [place], group.state.select(kept))
                     return True
         return False
 
@@ -266,16 +271,14 @@ class Runner:
         self._close_gaps()
         layout = self._layout = self._layout or self._arrange()
         self._take_pages(layout)
-        inputs = self._step_inputs(layout)
+        inputs, plans = self._step_inputs(layout)
         logits = self._step(inputs, self._store)
         steps, first = [], 0
-        for group in self._groups:
+        for group, planned in zip(self._groups, plans, strict=True):
             rows = len(group.lanes) * (1 if group.prompt else group.num_beams)
-            steps.append(self._advance(group, logits[first : first + rows]))
+            steps.append(self._advance(group, logits[first : first + rows], planned))
             first += rows
-        flags = torch.stack([torch.cat([s.done for s in steps]), torch.cat([s.is_broken for s in steps])]).cpu()
-        self._metrics.host_syncs.add()
-        endings = self._endings(steps, flags.numpy())
+        endings = self._endings(steps)
 
         self.is_intact = False
         self._inherit(layout, steps)
@@ -308,11 +311,11 @@ class Runner:
             if forced is not None and forced != settings.eos_token_id and job.request.max_new_tokens > 1:
                 prompt = (*prompt, forced)
             by_kind.setdefault((job.num_beams, prompt), []).append(Lane(job, slot))
-        self._visible[self._moved(slots)] = ~self._true
+        self._hidden[self._moved(slots)] = ~self._false
         groups = [
             _Group(
                 lanes,
-                beam.start(
+                beam_state.start(
                     prompt,
                     num_beams,
                     [1 + lane.job.request.max_new_tokens for lane in lanes],
@@ -332,7 +335,6 @@ class Runner:
                 self._slots[lane.slot] = lane
                 self._entries[lane.slot] = self._num_pages[lane.slot] = 0
                 self._lengths[lane.slot] = len(group.prompt)
-                self._max_lengths[lane.slot] = 1 + lane.job.request.max_new_tokens
         self._groups.extend(groups)
         self._layout = None
 
@@ -365,11 +367,10 @@ class Runner:
             source, lane.slot = lane.slot, self._slots.index(None)
             self._slots[lane.slot] = lane
             self._store.move_lane(source, lane.slot, int(self._cross_lengths[source]))
-            self._visible[lane.slot] = self._visible[source]
+            self._hidden[lane.slot] = self._hidden[source]
             for array in (
                 self._entries,
                 self._lengths,
-                self._max_lengths,
                 self._num_pages,
                 self._cross_lengths,
                 self._lane_pages,
@@ -383,39 +384,37 @@ class Runner:
     def _arrange(self) -> _Layout:
         """Orders rows: begun searches by number of beams, then new ones, then what new ones feed without asking."""
         self._merge_groups()
-        last: list[tuple[int, int, bool]] = []
-        before: list[tuple[int, int, bool]] = []
+        last: list[tuple[int, int, int]] = []  # slot, query, token where it is known
+        before: list[tuple[int, int, int]] = []
+        sees: list[tuple[int, int, int]] = []
         writes = np.zeros(len(self._slots), dtype=np.int64)
         for group in self._groups:
             for lane in group.lanes:
                 if group.prompt:
-                    last.append((lane.slot, len(group.prompt) - 1, True))
-                    before.extend((lane.slot, query, True) for query in range(len(group.prompt) - 1))
+                    last.append((lane.slot, len(group.prompt) - 1, group.prompt[-1]))
+                    before.extend((lane.slot, query, token) for query, token in enumerate(group.prompt[:-1]))
+                    sees.extend(
+                        (lane.slot, query, entry) for query in range(len(group.prompt)) for entry in range(query)
+                    )
                     writes[lane.slot] = len(group.prompt)
                 else:
-                    last.extend((lane.slot, query, False) for query in range(group.num_beams))
+                    last.extend((lane.slot, query, -1) for query in range(group.num_beams))
                     writes[lane.slot] = group.num_beams
-        row_slots, row_queries, is_prompt = (np.array(column) for column in zip(*last, *before, strict=True))
+        row_slots, row_queries, tokens = (np.array(column) for column in zip(*last, *before, strict=True))
         num_queries = int(row_queries.max()) + 1
-        if self._bucketed:
-            num_queries = min(_power_of_two(num_queries), self._visible.shape[1])
         query_rows = np.full((len(self._slots), num_queries), -1, dtype=np.int64)
-        query_rows[row_slots, row_queries] = np.arange(len(row_slots))
+        query_rows[row_slots, row_queries] = rows = np.arange(len(row_slots))
         # Queries that nobody asked read a row of the same lane: no lane ever computes with another's numbers.
         query_rows = np.where(query_rows < 0, query_rows.max(axis=1, keepdims=True), query_rows)
-        lengths = self._cross_lengths[: len(self._slots)]
-        cross_length = int(lengths.max())
-        mask = None
-        if self._bucketed or (lengths != cross_length).any():
-            if self._bucketed:
-                cross_length = min(_bucket(cross_length, 32), self._store.cross_keys.shape[3])
-                lengths = _padded(lengths, _bucket(len(lengths), 4), cross_length)
-            mask = self._moved(np.arange(cross_length) < lengths[:, None])[:, None, None]
+        cross_length, mask = self._cross_mask()
         return _Layout(
             row_slots=row_slots,
             row_queries=row_queries,
-            is_prompt=is_prompt,
+            is_prompt=tokens >= 0,
+            prompt_tokens=tokens[tokens >= 0],
+            prompt_sees=np.array(sees, dtype=np.int64).reshape(-1, 3).T,
             query_rows=query_rows.reshape(-1),
+            is_in_order=not self._has_one_form and np.array_equal(query_rows.reshape(-1), rows),
             writes=writes,
             num_logits=len(last),
             num_queries=num_queries,
@@ -424,8 +423,21 @@ class Runner:
             slots=[self._moved([lane.slot for lane in group.lanes]) for group in self._groups],
         )
 
+    def _cross_mask(self) -> tuple[int, torch.Tensor | None]:
+        """Returns the number of encoder positions, and what is added to the scores of each lane's."""
+        lengths = self._cross_lengths[: len(self._slots)]
+        longest = int(lengths.max())
+        if self._bucketed:
+            longest = min(_bucket(longest, 32), self._store.cross_keys.shape[3])
+            lengths = _padded(lengths, _bucket(len(lengths), 4), value=longest)
+        elif (lengths == longest).all():
+            return longest, None
+        is_there = self._moved(np.arange(longest) < lengths[:, None])[:, None, None]
+        mask = torch.zeros(is_there.shape, dtype=self._loaded.dtype, device=self._device)
+        return longest, mask.masked_fill_(~is_there, -torch.inf)
+
     def _merge_groups(self) -> None:
-        """Joins groups that can step together and gives their token buffers one width."""
+        """Joins groups that can step together, their lanes in order, and gives their token buffers one width."""
         by_kind: dict[tuple[bool, int, tuple[int, ...]], list[_Group]] = {}
         for group in self._groups:
             by_kind.setdefault((bool(group.prompt), group.num_beams, group.prompt), []).append(group)
@@ -433,8 +445,11 @@ class Runner:
         for _, groups in sorted(by_kind.items(), key=lambda item: item[0]):
             lanes = [lane for group in groups for lane in group.lanes]
             width = self._width(lanes)
-            states = [group.state.resize(width, self._settings.pad_token_id) for group in groups]
-            merged.append(_Group(lanes, beam.concat(states), groups[0].prompt))
+            state = beam_state.concat([group.state.resize(width, self._settings.pad_token_id) for group in groups])
+            order = np.argsort([lane.slot for lane in lanes])
+            if (np.diff(order) < 0).any():
+                lanes, state = [lanes[place] for place in order], state.select(order)
+            merged.append(_Group(lanes, state, groups[0].prompt))
         self._groups = merged
 
     def _width(self, lanes: Sequence[Lane]) -> int:
@@ -456,93 +471,108 @@ class Runner:
                 self._lane_pages[slot, number] = page
                 self._num_pages[slot] += 1
 
-    def _step_inputs(self, layout: _Layout) -> StepInputs:
-        lanes, queries = len(self._slots), layout.num_queries
-        entries = self._entries[layout.row_slots] + layout.row_queries
-        positions = np.where(layout.is_prompt, layout.row_queries, self._lengths[layout.row_slots] - 1)
-        row_pages = self._lane_pages[layout.row_slots, entries // PAGE_ENTRIES]
-        most = int(self._num_pages[:lanes].max())
-        pages = int(np.flatnonzero(self._is_used)[-1]) + 1
-        num_pages = self._num_pages[:lanes]
-        lane_pages = np.where(
-            np.arange(most) < num_pages[:, None], self._lane_pages[:lanes, :most], self._lane_pages[:lanes, :1]
+    def _sizes(self, layout: _Layout) -> _Sizes:
+        lanes = len(self._slots)
+        sizes = _Sizes(
+            rows=len(layout.row_slots),
+            num_logits=layout.num_logits,
+            lanes=lanes,
+            most=int(self._num_pages[:lanes].max()),
+            pages=int(np.flatnonzero(self._is_used)[-1]) + 1,
         )
-        num_logits = layout.num_logits
-        arrays = [
-            positions,
-            layout.row_slots * queries + layout.row_queries,
-            layout.query_rows,
-            row_pages,
-            entries % PAGE_ENTRIES,
-            np.minimum(self._page_lanes[:pages], lanes - 1),
-            np.minimum(self._page_numbers[:pages], most - 1),
-            lane_pages,
-            num_pages,
-            layout.row_slots,
-            layout.row_queries,
-            entries,
-        ]
-        moved = _to_device(arrays, self._device)
-        row_positions, row_places, query_rows, to_pages, offsets, page_lanes, page_numbers = moved[:7]
-        own_pages, page_counts, row_slots, row_queries, row_entries = moved[7:]
+        if not self._bucketed:
+            return sizes
+        sizes = sizes.rounded_up()
+        rows = sizes.lanes * layout.num_queries
+        return replace(sizes, rows=rows, num_logits=rows) if layout.is_in_order else sizes
 
+    def _step_inputs(self, layout: _Layout) -> tuple[StepInputs, list[torch.Tensor]]:
+        """Returns the rows of the step, and for each group what is planned for its searches."""
+        sizes = self._sizes(layout)
+        plans = [beam.plan(group.state, self._settings) for group in self._groups]
+        numbers = self._row_numbers(layout, sizes) | self._page_numbers_of(sizes)
+        moved = _to_device(numbers | {f"plan {index}": each for index, each in enumerate(plans)}, self._device)
         # Each row sees its own entry; rows of one prompt also those before them.
-        self._visible[row_slots, row_queries, row_entries] = self._true
-        for group, slots in zip(self._groups, layout.slots, strict=True):
-            for query in range(1, len(group.prompt)):
-                self._visible[slots, query, :query] = self._true
-
+        self._hidden[tuple(moved["sees"])] = self._false
+        begun = [group.state.newest.reshape(-1) for group in self._groups if not group.prompt]
+        parts = [*begun, *([moved["prompt_tokens"]] if len(moved["prompt_tokens"]) else [])]
+        lacks_page = moved.get("lane_lacks_page")
         inputs = StepInputs(
-            tokens=self._tokens(row_positions),
-            positions=row_positions,
-            row_queries=row_places,
-            query_rows=query_rows,
-            row_pages=to_pages,
-            row_offsets=offsets,
-            page_lanes=page_lanes,
-            page_numbers=page_numbers,
-            lane_pages=own_pages,
-            lane_lacks_page=torch.arange(most, device=self._device) >= page_counts[:, None],
-            is_hidden=~self._visible[:lanes, :queries, : most * PAGE_ENTRIES],
+            tokens=parts[0] if len(parts) == 1 else torch.cat(parts),
+            positions=moved["positions"],
+            row_queries=moved.get("row_queries"),
+            query_rows=moved.get("query_rows"),
+            row_pages=moved["row_pages"],
+            row_offsets=moved["row_offsets"],
+            page_lanes=moved["page_lanes"],
+            page_places=moved["page_places"],
+            lane_pages=moved["lane_pages"],
+            # Of the bytes of 1, the lowest comes first.
+            lane_lacks_page=None if lacks_page is None else lacks_page.view(torch.bool)[:, ::8],
+            is_hidden=self._hidden[:, : layout.num_queries][moved["page_lanes"], :, moved["page_numbers"]],
             cross_mask=layout.cross_mask,
-            num_logits=num_logits,
+            num_logits=sizes.num_logits,
             cross_length=layout.cross_length,
         )
-        return _pad_to_buckets(inputs, queries) if self._bucketed else inputs
+        return inputs, [moved[f"plan {index}"] for index in range(len(plans))]
 
-    def _tokens(self, positions: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens to feed, int64 [R], in the order of the rows."""
-        last, before = [], []
-        for group in self._groups:
-            if group.prompt:
-                count = len(group.lanes)
-                last.append(torch.full((count,), group.prompt[-1], device=self._device))
-                before.append(self._moved(np.array(group.prompt[:-1], dtype=np.int64)).repeat(count))
-            else:
-                place = (group.state.lengths - 1)[:, None, None].expand(-1, group.num_beams, 1)
-                last.append(group.state.tokens.gather(2, place).reshape(-1))
-        return torch.cat([*last, *before])
+    def _row_numbers(self, layout: _Layout, sizes: _Sizes) -> dict[str, Array]:
+        slots, queries = layout.row_slots, layout.row_queries
+        entries = self._entries[slots] + queries
+        pages, offsets = entries // PAGE_ENTRIES, entries % PAGE_ENTRIES
+        prompt_slots, prompt_queries, before = layout.prompt_sees
+        sees = [[slots, queries, pages, offsets], [prompt_slots, prompt_queries, 0 * before, before]]
+        numbers = {
+            # The rows of prompts are the last ones, before those that are added to come to the size.
+            "prompt_tokens": _padded(layout.prompt_tokens, sizes.rows - len(slots) + len(layout.prompt_tokens)),
+            "positions": _padded(np.where(layout.is_prompt, queries, self._lengths[slots] - 1), sizes.rows),
+            "row_pages": _padded(self._lane_pages[slots, pages], sizes.rows),
+            "row_offsets": _padded(offsets, sizes.rows),
+            "sees": np.concatenate(sees, axis=1),
+        }
+        if not layout.is_in_order:
+            numbers["query_rows"] = _padded(layout.query_rows, sizes.lanes * layout.num_queries)
+            numbers["row_queries"] = _padded(slots * layout.num_queries + queries, sizes.rows)
+        return numbers
+
+    def _page_numbers_of(self, sizes: _Sizes) -> dict[str, Array]:
+        lanes = len(self._slots)
+        counts = self._num_pages[:lanes, None]
+        most = int(counts.max())
+        lacks_page = np.arange(most) >= counts
+        # Of what is free, the numbers that it had may lie outside.
+        page_lanes = np.minimum(self._page_lanes[: sizes.pages], lanes - 1)
+        page_numbers = np.minimum(self._page_numbers[: sizes.pages], most - 1)
+        own = np.where(lacks_page, self._lane_pages[:lanes, :1], self._lane_pages[:lanes, :most])
+        numbers = {
+            "page_lanes": page_lanes,
+            "page_numbers": page_numbers,
+            "page_places": page_lanes * sizes.most + page_numbers,
+            "lane_pages": _padded(own, sizes.lanes, sizes.most),
+        }
+        if self._bucketed or lacks_page.any():
+            numbers["lane_lacks_page"] = _padded(lacks_page.astype(np.int64), sizes.lanes, sizes.most)
+        return numbers
 
     # After the step
 
-    def _advance(self, group: _Group, logits: torch.Tensor) -> beam.Step:
-        slots = [lane.slot for lane in group.lanes]
-        if group.state.tokens.shape[2] <= self._lengths[slots].max():
+    def _advance(self, group: _Group, logits: torch.Tensor, planned: torch.Tensor) -> beam.Step:
+        if group.state.width <= group.state.lengths.max():
             group.state = group.state.resize(self._width(group.lanes), self._settings.pad_token_id)
-        forces = bool((self._lengths[slots] + 1 >= self._max_lengths[slots]).any()) or len(group.prompt) == 1
         logits = logits.view(len(group.lanes), -1, logits.shape[-1])
         if group.prompt:
             logits = logits.repeat(1, group.num_beams, 1)  # all beams hold the same tokens yet
-        return beam.advance(group.state, logits, self._settings, forces=forces)
+        return beam.advance(group.state, logits, planned, self._settings)
 
     def _inherit(self, layout: _Layout, steps: Sequence[beam.Step]) -> None:
         """Lets each beam see the entries of the beam it continues."""
-        used = int(self._num_pages[: len(self._slots)].max()) * PAGE_ENTRIES
+        used = int(self._num_pages[: len(self._slots)].max())
         for group, slots, step in zip(self._groups, layout.slots, steps, strict=True):
-            beams = group.num_beams
-            # In the first step, all beams continue the one query that fed the prompt's last token.
-            parents = torch.full_like(step.parents, len(group.prompt) - 1) if group.prompt else step.parents
-            self._visible[slots, :beams, :used] = self._visible[slots[:, None], parents, :used]
+            if group.prompt:  # all beams continue the one query that fed the prompt's last token
+                inherited = self._hidden[slots, len(group.prompt) - 1, None, :used]
+            else:
+                inherited = self._hidden[slots[:, None], step.parents, :used]
+            self._hidden[slots, : group.num_beams, :used] = inherited
 
     def _count(self, layout: _Layout, rows: int) -> None:
         self._metrics.decode_steps.add()
@@ -550,19 +580,22 @@ class Runner:
         self._metrics.useful_row_steps.add(len(layout.row_slots))
         self._metrics.batch_rows.observe(len(layout.row_slots))
 
-    def _endings(self, steps: Sequence[beam.Step], flags: Array) -> list[_Ending]:
+    def _endings(self, steps: Sequence[beam.Step]) -> list[_Ending]:
         """Reads what has ended from the device, and what is left of each group; changes nothing."""
+        reports = [step.report.view(-1) for step in steps]
+        read = (reports[0] if len(reports) == 1 else torch.cat(reports)).cpu().numpy()
+        self._metrics.host_syncs.add()
         endings = []
         first = 0
         for group, step in zip(self._groups, steps, strict=True):
-            done, is_broken = flags[:, first : first + len(group.lanes)]
-            first += len(group.lanes)
-            over = np.flatnonzero(done | is_broken)
-            left, outcomes = step.state, []
-            if len(over):
-                left = step.state.select(self._moved(np.flatnonzero(~(done | is_broken))))
-                outcomes = self._read(group, step.state, over.tolist(), is_broken)
-            endings.append(_Ending(over.tolist(), left, outcomes))
+            report = read[first : first + step.report.numel()].reshape(step.report.shape)
+            first += step.report.numel()
+            verdict = beam.judge(step.state, report, self._settings)
+            is_over = verdict.done | verdict.is_broken
+            over, left = np.flatnonzero(is_over), step.state
+            if 0 < len(over) < len(is_over):
+                left = step.state.select(np.flatnonzero(~is_over))
+            endings.append(_Ending(over.tolist(), left, self._read(group, step.state, over, verdict)))
         return endings
 
     def _take_over(self, steps: Sequence[beam.Step], endings: Sequence[_Ending]) -> list[Outcome]:
@@ -581,37 +614,49 @@ class Runner:
             outcomes.extend(ending.outcomes)
         return outcomes
 
-    def _read(self, group: _Group, state: BeamState, places: list[int], is_broken: Array) -> list[Outcome]:
-        state = state.select(self._moved(places))
-        # One transfer for all of it; float64 holds every token id and float32 exactly.
-        packed = torch.cat(
-            [
-                state.finished_lengths[:, :1].double(),
-                state.finished_scores[:, :1].double(),
-                state.finished_tokens[:, 0].double(),
-                state.finished_logprobs[:, 0].double(),
-            ],
-            dim=1,
-        ).cpu()
+    def _read(self, group: _Group, state: BeamState, places: Array, verdict: beam.Verdict) -> list[Outcome]:
+        if not len(places):
+            return []
         self._metrics.host_syncs.add()
-        width = state.tokens.shape[2]
         return [
             Outcome(
                 job=group.lanes[place].job,
-                tokens=row[2 : 2 + int(row[0])].astype(np.int64),
-                token_logprobs=row[2 + width : 2 + width + int(row[0])].astype(np.float32),
-                score=float(row[1]),
-                is_broken=bool(is_broken[place]),
+                tokens=ended.tokens,
+                token_logprobs=ended.token_logprobs,
+                score=float(verdict.scores[place]),
+                is_broken=bool(verdict.is_broken[place]),
             )
-            for place, row in zip(places, packed.numpy(), strict=True)
+            for place, ended in zip(places.tolist(), beam_state.read_ended(state, places), strict=True)
         ]
 
 
-def _to_device(arrays: Sequence[Array], device: torch.device) -> list[torch.Tensor]:
+@dataclass(slots=True, frozen=True)
+class _Sizes:
+    """Sizes of a step: rows R, lanes C, pages a lane M, pages N."""
+
+    rows: int
+    num_logits: int
+    lanes: int
+    most: int
+    pages: int
+
+    def rounded_up(self) -> _Sizes:
+        """Returns sizes of which there are few; what is added computes with page 0 and is thrown away."""
+        num_logits = _bucket(self.num_logits, 4)
+        return _Sizes(
+            rows=max(_bucket(self.rows, 4), num_logits),
+            num_logits=num_logits,
+            lanes=_bucket(self.lanes, 4),
+            most=_power_of_two(self.most),
+            pages=_power_of_two(self.pages),
+        )
+
+
+def _to_device(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
     """Moves int64 arrays in one transfer."""
-    joined = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays])).to(device, non_blocking=True)
-    parts = joined.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    joined = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays.values()]))
+    parts = joined.to(device, non_blocking=True).split([array.size for array in arrays.values()])
+    return {name: part.view(array.shape) for part, (name, array) in zip(parts, arrays.items(), strict=True)}
 
 
 def _bucket(count: int, step: int) -> int:
@@ -625,35 +670,10 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _padded(array: Array, length: int, value: int) -> Array:
-    return np.concatenate([array, np.full(length - len(array), value, dtype=array.dtype)])
-
-
-def _pad_to_buckets(inputs: StepInputs, queries: int) -> StepInputs:
-    """Rounds every size up, so that few shapes occur; what is added computes with page 0 and is thrown away."""
-    lanes, most = inputs.lane_pages.shape
-    new_lanes, new_most = _bucket(lanes, 4), _power_of_two(most)
-    num_logits = _bucket(inputs.num_logits, 4)
-    rows = max(_bucket(len(inputs.tokens), 4), num_logits)
-    pages = _power_of_two(len(inputs.page_lanes))
-
-    def padded(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
-        result = tensor.new_zeros(sizes)
-        result[tuple(slice(size) for size in tensor.shape)] = tensor
-        return result
-
-    return replace(
-        inputs,
-        tokens=padded(inputs.tokens, rows),
-        positions=padded(inputs.positions, rows),
-        row_queries=padded(inputs.row_queries, rows),
-        query_rows=padded(inputs.query_rows, new_lanes * queries),
-        row_pages=padded(inputs.row_pages, rows),
-        row_offsets=padded(inputs.row_offsets, rows),
-        page_lanes=padded(inputs.page_lanes, pages),
-        page_numbers=padded(inputs.page_numbers, pages),
-        lane_pages=padded(inputs.lane_pages, new_lanes, new_most),
-        lane_lacks_page=padded(inputs.lane_lacks_page, new_lanes, new_most),
-        is_hidden=padded(inputs.is_hidden, new_lanes, queries, new_most * PAGE_ENTRIES),
-        num_logits=num_logits,
-    )
+def _padded(array: Array, *shape: int, value: int = 0) -> Array:
+    """Returns `array` with `value` behind it in each dimension, up to a shape."""
+    if array.shape == shape:
+        return array
+    result = np.full(shape, value, dtype=array.dtype)
+    result[tuple(slice(size) for size in array.shape)] = array
+    return result

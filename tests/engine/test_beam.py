@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import pytest
 import torch
 
 from florence2_kserve.benchmark.models import GENERATION
 from florence2_kserve.engine import beam
-from florence2_kserve.engine.beam import BeamState
+from florence2_kserve.engine.beam_state import BeamState, concat, read_ended, start
 from florence2_kserve.weights import GenerationSettings
 
 from .reference_search import search
@@ -47,6 +48,11 @@ class Search:
     answer: tuple[list[int], float, list[float]] | None = None
 
 
+def advance(state: BeamState, logits: torch.Tensor, chosen: GenerationSettings) -> tuple[BeamState, beam.Verdict]:
+    step = beam.advance(state, logits, torch.from_numpy(beam.plan(state, chosen)), chosen)
+    return step.state, beam.judge(step.state, step.report.numpy(), chosen)
+
+
 def run(
     searches: list[Search], num_beams: int, model: Callable[[list[int]], torch.Tensor], chosen: GenerationSettings
 ) -> None:
@@ -57,7 +63,7 @@ def run(
     while inside or any(each.starts_at >= step for each in searches):
         joining = [each for each in searches if each.starts_at == step]
         if joining:
-            new = beam.start(
+            new = start(
                 (START,),
                 num_beams,
                 [1 + each.max_new_tokens for each in joining],
@@ -66,7 +72,7 @@ def run(
                 pad_token_id=PAD,
                 device=torch.device("cpu"),
             )
-            state = new if state is None else beam.concat([state, new])
+            state = new if state is None else concat([state, new])
             inside.extend(joining)
         step += 1
         if state is None or not inside:
@@ -77,21 +83,20 @@ def run(
                 for rows, length in zip(state.tokens, state.lengths.tolist(), strict=True)
             ]
         )
-        before = copy.deepcopy(state)
-        result = beam.advance(state, logits, chosen)
+        old, before = state, copy.deepcopy(state)
+        state, verdict = advance(state, logits, chosen)
         for each in fields(BeamState):  # a pure function: a step that failed can be taken again
-            assert torch.equal(getattr(before, each.name), getattr(state, each.name))
-        state = result.state
-        assert not result.is_broken.any()
-        for place in result.done.nonzero()[:, 0].tolist():
-            length = int(state.finished_lengths[place, 0])
+            assert (getattr(before, each.name) == getattr(old, each.name)).all()
+        assert not verdict.is_broken.any()
+        over = np.flatnonzero(verdict.done)
+        for place, ended in zip(over, read_ended(state, over), strict=True):
             inside[place].answer = (
-                state.finished_tokens[place, 0, :length].tolist(),
-                state.finished_scores[place, 0].item(),
-                state.finished_logprobs[place, 0, :length].tolist(),
+                ended.tokens.tolist(),
+                float(verdict.scores[place]),
+                ended.token_logprobs.tolist(),
             )
-        kept = (~result.done).nonzero()[:, 0]
-        inside = [inside[place] for place in kept.tolist()]
+        kept = np.flatnonzero(~verdict.done)
+        inside = [inside[place] for place in kept]
         state = state.select(kept)
 
 
@@ -141,24 +146,47 @@ def test_the_model_of_these_tests_ends_early_and_repeats_itself():
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_nan_is_reported_and_stays_in_its_search(num_beams):
-    state = beam.start(
-        (START, BOS), num_beams, [20] * 3, [1.0] * 3, width=20, pad_token_id=PAD, device=torch.device("cpu")
-    )
+    state = start((START, BOS), num_beams, [20] * 3, [1.0] * 3, width=20, pad_token_id=PAD, device=torch.device("cpu"))
     logits = torch.randn((3, num_beams, VOCABULARY), generator=torch.Generator().manual_seed(0))
-    clean = beam.advance(state, logits.clone(), settings())
+    clean, _ = advance(state, logits.clone(), settings())
     logits[1, 0, 7] = torch.nan
-    result = beam.advance(state, logits, settings())
-    assert result.is_broken.tolist() == [False, True, False]
+    result, verdict = advance(state, logits, settings())
+    assert verdict.is_broken.tolist() == [False, True, False]
     for place in (0, 2):
-        assert torch.equal(result.state.tokens[place], clean.state.tokens[place])
-        assert torch.equal(result.state.scores[place], clean.state.scores[place])
+        assert torch.equal(result.beams[place], clean.beams[place])
+        assert torch.equal(result.scores[place], clean.scores[place])
 
 
 def test_buffers_can_be_made_wider_and_narrower():
-    state = beam.start((START, BOS), 3, [9], [1.0], width=8, pad_token_id=PAD, device=torch.device("cpu"))
+    state = start((START, BOS), 3, [9], [1.0], width=8, pad_token_id=PAD, device=torch.device("cpu"))
     wider = state.resize(16, PAD)
-    assert wider.tokens.shape == wider.finished_logprobs.shape == (1, 3, 16)
+    assert wider.tokens.shape == (1, 3, 16)
     assert (wider.tokens[:, :, 2:] == PAD).all()
     narrow = wider.resize(4, PAD)
     assert narrow.tokens[0, 0].tolist() == [START, BOS, PAD, PAD]
     assert torch.equal(narrow.scores, state.scores)
+
+
+def test_the_best_is_kept_of_what_ended_before_and_now():
+    chosen = settings(no_repeat_ngram_size=0, early_stopping=False)
+    state = start((START, BOS), 2, [9], [1.0], width=8, pad_token_id=PAD, device=torch.device("cpu"))
+    logits = torch.full((1, 2, VOCABULARY), -20.0)
+    logits[:, :, [5, EOS]] = torch.tensor([1.0, 0.0])
+    state, verdict = advance(state, logits.clone(), chosen)
+    assert not verdict.done.any()
+    (first,) = read_ended(state, np.array([0]))
+    assert first.tokens.tolist() == [START, BOS, EOS]
+    logits[:, 0, [5, EOS]] = torch.tensor([0.0, 5.0])
+    state, verdict = advance(state, logits, chosen)
+    (better,) = read_ended(state, np.array([0]))
+    assert better.tokens.tolist() == [START, BOS, 5, EOS]
+    assert verdict.scores[0] == pytest.approx(sum(better.token_logprobs) / 3)
+    assert state.vacancies.tolist() == [[0, 0]]
+    assert state.beams[0, 3, :3, 0].tolist() == [START, BOS, EOS]
+
+
+def test_a_search_that_never_ended_has_its_first_token_alone():
+    state = start((START, BOS), 3, [9], [1.0], width=8, pad_token_id=PAD, device=torch.device("cpu"))
+    (ended,) = read_ended(state, np.array([0]))
+    assert ended.tokens.tolist() == [START]
+    assert ended.token_logprobs.tolist() == [0]
