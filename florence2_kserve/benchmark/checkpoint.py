@@ -62,13 +62,15 @@ def write_checkpoint(folder: Path, *, size: SizeName, profile: ProfileName, dtyp
     logging.getLogger("florence2_kserve").setLevel(logging.WARNING)
     shape: ModelShape = find_shape(size, profile)
     loaded = build_model(shape, seed=seed, dtype=getattr(torch, dtype), device=torch.device("cpu"))
-    loaded.model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # a service under another user reads them
     embedded = locate_model(with_weights=False).folder
     tokenizer = _read(embedded / "tokenizer.json")
     if shape.vocab_size > _BART_WORDS:
         tokenizer = _spread(tokenizer)
+    # transformers' processor puts this token where the image goes.
+    loaded.model.config.image_token_id = next(t["id"] for t in tokenizer["added_tokens"] if t["content"] == "<image>")
+    loaded.model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # a service under another user reads them
     _write(folder / "tokenizer.json", tokenizer)
     _write(folder / "tokenizer_config.json", _read(embedded / "tokenizer_config.json"))
     processor = _read(embedded / "processor_config.json")

@@ -21,6 +21,8 @@ def test_a_small_one_has_the_embedded_models_tokenizer_and_its_own_image_size(tm
     processor = Processor.load(locate_model(str(tmp_path)))
     shape = find_shape("quick", "decode-bound")
     assert (processor.image.height, processor.image.image_seq_length) == (shape.image_size, shape.image_tokens)
+    tokens = {t["content"]: t["id"] for t in json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]}
+    assert json.loads((tmp_path / "config.json").read_text())["image_token_id"] == tokens["<image>"]
     embedded = Processor.load(locate_model())
     assert processor.input_ids("a red circle").tolist() == embedded.input_ids("a red circle").tolist()
 
