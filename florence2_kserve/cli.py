@@ -190,7 +190,7 @@ def benchmark(context: typer.Context) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def loadtest(context: typer.Context) -> None:
-    """Load tests, scaling tests, sweeps of settings, reports; --help lists the commands. Needs the extra [loadtest]."""
+    """Load and scaling tests, sweeps of settings, reports; --help lists the commands. Needs the extra [loadtest]."""
     try:
         from florence2_loadtest.command import main as run_loadtest
     except ModuleNotFoundError as error:

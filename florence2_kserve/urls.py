@@ -1,8 +1,12 @@
-"""What is wrong with a service's address, said before anything is begun."""
+"""Services' addresses: what is wrong with one, said before anything is begun, and what of one may be shown."""
 
 from __future__ import annotations
 
+import re
+
 import typer
+
+_USER = re.compile(r"^([a-z][a-z0-9+.-]*://)?[^/?#]*@", re.IGNORECASE)
 
 
 def url_problem(url: str) -> str | None:
@@ -27,3 +31,8 @@ def check_url(url: str | None) -> None:
     """
     if url is not None and (problem := url_problem(url)):
         raise typer.BadParameter(problem, param_hint="--url")
+
+
+def public_url(url: str) -> str:
+    """Returns a URL without what may be secret: user, password, query and fragment."""
+    return _USER.sub(r"\1", re.split(r"[?#]", url, maxsplit=1)[0])

@@ -44,6 +44,17 @@ def remarks(result: RunResult) -> list[str]:
             lines.append(f"{level.name}: the last windows didn't agree, or held too few answers: measure for longer")
         if level.generator.bottleneck:
             lines.append(f"{level.name}: the load generator was the bottleneck: {level.generator.bottleneck}")
+        if level.held_back:
+            lines.append(
+                f"{level.name}: {level.held_back} requests waited for others to be answered: as many as allowed were "
+                "in flight, more than the service keeps up with or max_in_flight too low"
+            )
+        for task, of in level.tasks.items():
+            if of.slo and not of.answered:
+                asked = (
+                    f"none of its {of.failed} requests was answered" if of.failed else "none of its requests was over"
+                )
+                lines.append(f"{level.name}: {task} misses its SLO: {asked}")
         if level.server and (share := level.server.cache_hits_share):
             lines.append(f"{level.name}: {share:.0%} of pictures were known to the predictor (feature cache)")
     return lines

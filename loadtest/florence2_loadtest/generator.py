@@ -29,13 +29,16 @@ class Measured:
 
     Attributes:
         mode: Closed or open loop.
-        records: The measured requests: none of the warm-up, nor those in flight when a closed loop ended.
-        seconds: How long measuring took.
+        records: The measured requests: none of the warm-up, nor those in flight when a closed loop ended, and of a
+            stable one only those of the windows that agree.
+        seconds: How long it took to get them answered.
         generator: How the generator fared.
-        windows: Of a closed loop.
+        windows: Of a closed loop, all of them.
+        first_window: Of a closed loop: the window with which `records` begin.
         stable: Of a closed loop: whether its last windows agree.
         concurrency: Of a closed loop.
         rate: Planned requests a second of an open loop.
+        held_back: Requests of an open loop that fell due while as many as allowed were in flight.
     """
 
     mode: Literal["closed", "open"]
@@ -43,9 +46,11 @@ class Measured:
     seconds: float
     generator: Generator
     windows: list[Window] = field(default_factory=list)
+    first_window: int = 0
     stable: bool | None = None
     concurrency: int | None = None
     rate: float | None = None
+    held_back: int = 0
 
 
 async def run_closed(
@@ -61,7 +66,8 @@ async def run_closed(
 ) -> Measured:
     """Keeps `concurrency` requests in flight until windows agree, or bounds are reached.
 
-    A request belongs to the window in which its answer came. What is in flight at the end is waited for, and left out.
+    A request belongs to the window in which its answer came. What is in flight at the end is waited for, and left out;
+    so are the windows before those that agree, as the service was still settling in them.
 
     Args:
         transport: With as many connections.
@@ -71,7 +77,7 @@ async def run_closed(
         timeout_s: For one request, its retries included.
         retries: How often a request is sent again.
         on_record: Called with each request that is through, those of the warm-up included.
-        mark: Awaited when measuring begins, and when it ends; clients go on meanwhile, if they may.
+        mark: Awaited at the beginning of each window, and when measuring ends; clients go on meanwhile, if they may.
     """
     clients = _Clients(Sender(transport, timeout_s, retries), workload, on_record)
     with quiet_collector():
@@ -83,13 +89,13 @@ async def run_closed(
             if mark is not None:
                 await mark()
             watch = Watch()
-            records, windows, stable = await _measure_windows(clients, load, concurrency)
-            generator = watch.stop(known(record.service_s for record in records), ())
+            records, windows, first, stable = await _measure_windows(clients, load, concurrency, mark)
+            generator = watch.stop(known(record.service_s for record in records))
             if mark is not None:
                 await mark()
             clients.stop()
-    seconds = sum(window.seconds for window in windows)
-    return Measured("closed", records, seconds, generator, windows, stable, concurrency)
+    seconds = sum(window.seconds for window in windows[first:])
+    return Measured("closed", records, seconds, generator, windows, first, stable, concurrency)
 
 
 async def run_open(
@@ -130,18 +136,19 @@ async def run_open(
         held_back = await _dispatch(
             sender, workload, records, schedule.seconds + grace_s, max_in_flight, on_record or _ignore
         )
-        seconds = max([schedule.seconds, *known(record.done_s for record in records)])
+        # Until the last answer, not until what never came was given up: that would make all the others look slower.
+        seconds = max([schedule.seconds, *known(record.done_s for record in records if record.is_ok)])
         generator = watch.stop(
             known(record.service_s for record in records),
             known(record.slip_s for record in records),
-            held_back,
+            known(0.0 if record.index in held_back else record.slip_s for record in records),
         )
     if mark is not None:
         await mark()
     for record in records:
         if record.sent_s is None and on_record is not None:
             on_record(record)
-    return Measured("open", records, seconds, generator, rate=schedule.rate)
+    return Measured("open", records, seconds, generator, rate=schedule.rate, held_back=len(held_back))
 
 
 class _Clients:
@@ -202,9 +209,9 @@ class _Clients:
 
 
 async def _measure_windows(
-    clients: _Clients, load: ClosedLoad, concurrency: int
-) -> tuple[list[Record], list[Window], bool]:
-    """Returns the requests that were done in windows, these, and whether the last ones agree."""
+    clients: _Clients, load: ClosedLoad, concurrency: int, mark: Mark | None
+) -> tuple[list[Record], list[Window], int, bool]:
+    """Returns the requests that count, all windows, the first of them that counts, and whether the last ones agree."""
     fewest = fewest_answers(concurrency, load.tolerance)
     windows: list[Window] = []
     clients.forget(load.max_requests)
@@ -212,6 +219,8 @@ async def _measure_windows(
     cuts = [(0, began)]  # between windows: requests done, and when
     stable = is_enough = False
     while len(windows) < load.max_windows and not stable and not is_enough:
+        if windows and mark is not None:
+            await mark()
         is_enough = await clients.wait(began + (len(windows) + 1) * load.window_s - clients.now())
         until, done = clients.now(), clients.done[: load.max_requests]
         if is_enough:
@@ -224,7 +233,8 @@ async def _measure_windows(
         windows.append(_window(done[first:], until - since))
         cuts.append((len(done), until))
         stable = is_stable(windows, stable_windows=load.stable_windows, tolerance=load.tolerance, fewest=fewest)
-    return clients.done[: cuts[-1][0]], windows, stable
+    kept = len(windows) - load.stable_windows if stable and not is_enough else 0
+    return clients.done[cuts[kept][0] : cuts[-1][0]], windows, kept, stable
 
 
 def _window(records: list[Record], seconds: float) -> Window:
@@ -244,10 +254,11 @@ async def _dispatch(
     deadline_s: float,
     max_in_flight: int,
     on_record: OnRecord,
-) -> int:
-    """Sends what is planned when it is due, and waits for the answers; returns how many were held back."""
+) -> set[int]:
+    """Sends what is planned when it is due, and waits for the answers; returns which had to wait for room."""
     room = asyncio.Semaphore(max_in_flight)
-    held_back = 0
+    held_back: set[int] = set()
+    no_room_until = 0.0
 
     async def send(record: Record) -> None:
         try:
@@ -261,14 +272,17 @@ async def _dispatch(
             # Also where it is late: what was begun before has to get its turn.
             await asyncio.sleep(max(0.0, record.planned_s - sender.now()))
             if room.locked():
-                held_back += 1
+                held_back.add(record.index)
                 try:
                     async with asyncio.timeout(deadline_s - sender.now()):
                         await room.acquire()
                 except TimeoutError:
                     break
+                no_room_until = sender.now()
             else:
                 await room.acquire()
+                if record.planned_s < no_room_until:
+                    held_back.add(record.index)
             if sender.now() > deadline_s:
                 break
             group.create_task(send(record))

@@ -35,43 +35,49 @@ class Watch:
         self._due = self._began + _TICK_S
         self._timer = self._loop.call_at(self._due, self._tick)
 
-    def stop(self, latencies: Sequence[float], slips: Sequence[float], held_back: int = 0) -> Generator:
+    def stop(
+        self, latencies: Sequence[float], slips: Sequence[float] = (), own_slips: Sequence[float] = ()
+    ) -> Generator:
         """Ends watching, and judges.
 
         Args:
             latencies: Of the answers that came meanwhile, in seconds.
             slips: How late requests were sent, in seconds.
-            held_back: How many were so since as many as allowed were in flight.
+            own_slips: The same, with 0 for those that were late as too many others weren't answered.
         """
         self._timer.cancel()
+        self._note_lags()
         seconds = max(1e-9, self._loop.time() - self._began)
         thread_share = (time.thread_time() - self._thread_cpu) / seconds
-        lag, slip = percentile(self._lags, 99), percentile(slips, 99)
+        lag = percentile(self._lags, 99)
         return Generator(
             cpu_share=(time.process_time() - self._cpu) / seconds,
             loop_lag_p99_s=lag,
-            slip_p99_s=slip,
-            bottleneck=find_bottleneck(thread_share, lag, slip, percentile(latencies, 50), held_back),
+            slip_p99_s=percentile(slips, 99),
+            bottleneck=find_bottleneck(thread_share, lag, percentile(own_slips, 99), percentile(latencies, 50)),
         )
 
     def _tick(self) -> None:
-        now = self._loop.time()
-        self._lags.append(now - self._due)
-        self._due = now + _TICK_S
+        self._note_lags()
         self._timer = self._loop.call_at(self._due, self._tick)
 
+    def _note_lags(self) -> None:
+        # Each tick that was missed counts: as one, a stall of a second would vanish among those in time.
+        now = self._loop.time()
+        while self._due <= now:
+            self._lags.append(now - self._due)
+            self._due += _TICK_S
 
-def find_bottleneck(
-    cpu_share: float, lag_p99_s: float, slip_p99_s: float, latency_p50_s: float, held_back: int = 0
-) -> str | None:
+
+def find_bottleneck(cpu_share: float, lag_p99_s: float, slip_p99_s: float, latency_p50_s: float) -> str | None:
     """Returns in words why the generator set the figures, or None where it didn't.
 
     Args:
         cpu_share: Of one processor, of the event loop's thread.
         lag_p99_s: How late the event loop ran what was due.
-        slip_p99_s: How late requests were sent.
+        slip_p99_s: How late requests were sent, but for those that had to wait until others were answered: that is the
+            service's doing.
         latency_p50_s: What they are late in comparison with; 0 where nothing was answered.
-        held_back: How many requests waited since as many as allowed were in flight.
     """
     bound = max(MOST_LATE_S, MOST_LATE_SHARE * latency_p50_s)
     reasons = []
@@ -82,9 +88,7 @@ def find_bottleneck(
             f"its event loop ran up to {lag_p99_s * 1000:.0f} ms late (p99; {bound * 1000:.0f} are tolerable): "
             "it had too little of the processor"
         )
-    if held_back:
-        reasons.append(f"{held_back} requests waited for others to be answered: as many as allowed were in flight")
-    elif slip_p99_s > bound and not reasons:
+    if slip_p99_s > bound and not reasons:
         reasons.append(f"requests were sent up to {slip_p99_s * 1000:.0f} ms late (p99)")
     return "; ".join(reasons) or None
 

@@ -14,12 +14,13 @@ from florence2_loadtest.results import Level, Record, RunResult, ServerSide, Tar
 from florence2_loadtest.scenario import ClosedLoad, OpenLoad, Scenario
 from florence2_loadtest.schedules import parse_schedule
 from florence2_loadtest.scrape import Scraper, Snapshot, difference
-from florence2_loadtest.summary import summarise
+from florence2_loadtest.summary import slos_of, summarise
 from florence2_loadtest.transport import open_transport
 from florence2_loadtest.workload import Workload, build_workload
 
 Say = Callable[[str], None]
 OnLevel = Callable[[RunResult, Level, list[Record]], None]
+OnRecord = Callable[[str, Record], None]
 _PROGRESS_S = 10.0
 _OTHER_FILES = 200  # that are open beside connections
 
@@ -33,25 +34,30 @@ async def measure(
     headers: Mapping[str, str] | None = None,
     say: Say = print,
     on_level: OnLevel | None = None,
+    on_record: OnRecord | None = None,
 ) -> tuple[RunResult, dict[str, list[Record]]]:
     """Measures all levels of a scenario.
 
     Args:
         target: The service; its protocol and keep-alive count, not the scenario's.
         scenario: The load.
-        metrics_urls: Of the servers' own metrics, read before and after each level.
+        metrics_urls: Of the servers' own metrics, read before and after each level, and between its windows.
         workload: The scenario's requests; None encodes them.
         headers: Sent with every request.
         say: Gets lines of progress.
         on_level: Called with each level when it is measured, and the result until then.
+        on_record: Called with a level's name and each of its requests that is through, those of the warm-up included.
 
     Returns:
-        The result, and the requests of each level by its name.
+        The result, and the requests of each level by its name; none where `on_level` took them, as all of a run's
+        may be too many for memory.
 
     Raises:
         UnavailableError: If the service can't be reached before the first level.
         ValueError: If the scenario can't be run.
+        RuntimeError: If something goes wrong in a level that isn't the service's; names the level.
     """
+    slos = slos_of(scenario)
     scenario = scenario.model_copy(update={"protocol": target.protocol, "keep_alive": target.keep_alive})
     workload = build_workload(scenario, target.model_name) if workload is None else workload
     plans = list(_plan(scenario))
@@ -61,17 +67,22 @@ async def measure(
         scenario=scenario.model_dump(mode="json"),
     )
     records: dict[str, list[Record]] = {}
-    slos = {item.task: item.slo for item in scenario.mix if item.slo is not None}
     for plan in plans:
         say(f"{plan.name} …")
         scraping = _Scraping(Scraper(metrics_urls, model_name=target.model_name) if metrics_urls else None, say)
         chosen = workload if plan.task is None else workload.only(plan.task)
-        measured = await _measure_level(target, scenario, plan, chosen, headers or {}, scraping, _Progress(say))
-        level = summarise(plan.name, measured, slos, scraping.server_side())
+        progress = _Progress(plan.name, say, on_record)
+        try:
+            measured = await _measure_level(target, scenario, plan, chosen, headers or {}, scraping, progress)
+        except ExceptionGroup as group:
+            raise RuntimeError(f"{plan.name}: {'; '.join(_reasons(group))}") from group
+        asked = {task: slo for task, slo in slos.items() if plan.task in (None, task)}
+        level = summarise(plan.name, measured, asked, scraping.server_side(measured.first_window))
         say(describe_level(level))
         result.levels.append(level)
-        records[level.name] = measured.records
-        if on_level is not None:
+        if on_level is None:
+            records[level.name] = measured.records
+        else:
             on_level(result, level, measured.records)
     return result, records
 
@@ -92,9 +103,8 @@ async def describe_target(target: Target, headers: Mapping[str, str], timeout_s:
             raise
         except ClientError:  # another server, which may answer questions nevertheless
             properties = {}
-    return target.model_copy(
-        update={name: properties.get(name) or getattr(target, name) for name in ("model", "revision")}
-    )
+    told = {name: properties.get(name) for name in ("model", "revision")} if isinstance(properties, dict) else {}
+    return target.model_copy(update={name: value for name, value in told.items() if value and isinstance(value, str)})
 
 
 def file_name(level: str) -> str:
@@ -108,6 +118,8 @@ def describe_level(level: Level) -> str:
     if level.answered:
         parts.append(f"latency mean {level.latency.mean_s:.3f} s, p95 {level.latency.p95_s:.3f} s")
     parts += [f"{count} {name}" for name, count in (("failed", level.failed), ("unsent", level.unsent)) if count]
+    if level.held_back:
+        parts.append(f"{level.held_back} waited for others to be answered")
     if level.stable is False:
         parts.append("windows didn't agree")
     if level.generator.bottleneck:
@@ -178,8 +190,17 @@ def allow_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
+def _reasons(group: BaseExceptionGroup[BaseException]) -> list[str]:
+    """Returns what went wrong, each thing once."""
+    found = [
+        _reasons(error) if isinstance(error, BaseExceptionGroup) else [f"{type(error).__name__}: {error}"]
+        for error in group.exceptions
+    ]
+    return list(dict.fromkeys(reason for reasons in found for reason in reasons))
+
+
 class _Scraping:
-    """The servers' metrics before and after one level."""
+    """The servers' metrics during one level."""
 
     def __init__(self, scraper: Scraper | None, say: Say) -> None:
         self._scraper, self._say = scraper, say
@@ -190,24 +211,25 @@ class _Scraping:
         if self._scraper is not None:
             self._snapshots.append(await self._scraper.scrape())
 
-    def server_side(self) -> ServerSide | None:
-        """Returns what happened between the two marks."""
+    def server_side(self, first: int) -> ServerSide | None:
+        """Returns what happened from mark number `first` to the last one."""
         if self._scraper is None:
             return None
-        before, after = self._snapshots
-        return difference(before, after, say=self._say)
+        return difference(self._snapshots[first], self._snapshots[-1], say=self._say)
 
 
 class _Progress:
     """Says now and then how far a level is."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, level: str, say: Say, on_record: OnRecord | None) -> None:
+        self._level, self._say, self._on_record = level, say, on_record
         self._began = self._last = time.monotonic()
         self._answered = self._failed = 0
 
     def count(self, record: Record) -> None:
-        """Counts a request."""
+        """Counts a request, and passes it on."""
+        if self._on_record is not None:
+            self._on_record(self._level, record)
         if record.is_ok:
             self._answered += 1
         else:

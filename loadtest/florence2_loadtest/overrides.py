@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from florence2_kserve.tasks import TASKS, find_task
 from florence2_loadtest.scenario import Scenario, explain
+from florence2_loadtest.summary import slos_of
 
 _OF_CLOSED = ("window_s", "max_windows", "max_requests")
 
@@ -61,9 +62,11 @@ def override(
     content["parameters"] |= dict(parameters or {})
     content |= {name: value for name, value in (others or {}).items() if value is not None}
     try:
-        return Scenario.model_validate(content)
+        overridden = Scenario.model_validate(content)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
+    slos_of(overridden)
+    return overridden
 
 
 def _kept(load: dict[str, Any], other: str) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from florence2_kserve import __version__
+from florence2_kserve.urls import public_url
 
 FORMAT = 1
 OK, UNSENT = "ok", "unsent"
@@ -150,6 +151,10 @@ class ServerSide(_Result):
     counters: dict[str, float] = Field(default_factory=dict, description="All growth of our metrics, by name")
     problems: list[str] = Field(default_factory=list, description="Servers left out, and why")
 
+    @field_serializer("sources")
+    def _without_secrets(self, sources: list[str]) -> list[str]:
+        return [public_url(source) for source in sources]
+
 
 class Generator(_Result):
     """How the load generator itself fared: whether its figures can be believed."""
@@ -171,7 +176,7 @@ class Level(_Result):
     mode: Literal["closed", "open"]
     concurrency: int | None = None
     rate: float | None = Field(None, description="Planned, mean, of an open loop")
-    seconds: float = 0.0
+    seconds: float = Field(0.0, description="Of a stable closed loop: of its last windows, those that agree")
     stable: bool | None = Field(None, description="Of a closed loop: whether its last three windows agree")
     windows: list[Window] = Field(default_factory=list)
     planned: int = 0
@@ -179,6 +184,7 @@ class Level(_Result):
     answered: int = 0
     failed: int = 0
     unsent: int = 0
+    held_back: int = Field(0, description="Of an open loop: fell due while as many as allowed were in flight")
     retried: int = Field(0, description="Requests sent more than once")
     throughput: float = Field(0.0, description="Answers a second")
     goodput: float | None = None
@@ -199,7 +205,7 @@ class Level(_Result):
 class Target(_Result):
     """What was asked."""
 
-    url: str
+    url: str = Field(description="Recorded without user, password and query")
     protocol: Literal["rest", "grpc"] = "rest"
     keep_alive: bool = True
     model_name: str = "florence2"
@@ -207,6 +213,10 @@ class Target(_Result):
     revision: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict, description="The servers' settings, where we started them")
     note: str = ""
+
+    @field_serializer("url")
+    def _without_secrets(self, url: str) -> str:
+        return public_url(url)
 
 
 def describe_host() -> dict[str, str]:
@@ -299,6 +309,7 @@ class Trial(_Result):
     admissible: bool | None = Field(None, description="Whether it meets the constraint")
     levels: list[Level] = Field(default_factory=list)
     seconds: float = 0.0
+    confirms: int | None = Field(None, description="Number of the trial whose settings this one measured again")
 
 
 class SweepResult(Result):
@@ -355,11 +366,17 @@ def read_result(path: Path) -> Result:
 
 
 def write_records(records: Iterable[Record], path: Path) -> None:
-    """Writes each record as a line of JSON."""
+    """Writes each record as a line of JSON; all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for record in records:
-            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        file.writelines(map(record_line, records))
+    temporary.replace(path)
+
+
+def record_line(record: Record) -> bytes:
+    """Returns a record as `write_records` writes it."""
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, BinaryIO
 
 import typer
 
-from florence2_kserve.client import UnavailableError
+from florence2_kserve.client import AsyncFlorence2Client, UnavailableError
 from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.options import MODEL_NAME, Headers, MaxNewTokens, Model, ModelName, Url, given, read_headers
-from florence2_kserve.urls import check_url
+from florence2_kserve.urls import check_url, public_url
 from florence2_loadtest.console import show
 from florence2_loadtest.measure import file_name, measure
 from florence2_loadtest.overrides import override
 from florence2_loadtest.perf_csv import write_csv
-from florence2_loadtest.results import Level, Record, RunResult, Target, write_records, write_result
+from florence2_loadtest.results import Level, Record, RunResult, Target, record_line, write_records, write_result
 from florence2_loadtest.scenario import Scenario, read_scenario
 from florence2_loadtest.servers import Servers
 from florence2_loadtest.transport import CONNECTION
@@ -27,6 +29,7 @@ from florence2_loadtest.transport import CONNECTION
 __all__ = ["measure", "run"]
 
 RESULT, CSV = "result.json", "perf_analyzer.csv"
+_OF_A_RUN = (CSV, f"*.{CSV}", "records-*.jsonl")  # beside its result, which is written over
 
 
 class Protocol(StrEnum):
@@ -74,6 +77,10 @@ def run(
     requests: Annotated[int | None, typer.Option(help="End a level after so many.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for one request, retries included.")] = None,
     retries: Annotated[int | None, typer.Option(help="How often a refused request is sent again.")] = None,
+    wait_ready: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="How long the service of --url may take to be ready.", min=0),
+    ] = 60,
     header: Headers = None,
     metrics_url: Annotated[
         list[str] | None,
@@ -119,21 +126,31 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     files = _Files(output)
+
+    async def measure_when_ready(target: Target, metrics_urls: Sequence[str]) -> RunResult:
+        if url is not None and wait_ready:
+            await _wait_ready(target, headers, wait_ready)
+        result, _ = await measure(
+            target,
+            chosen,
+            metrics_urls=metrics_urls,
+            headers=headers,
+            say=_say,
+            on_level=files.add,
+            on_record=files.note,
+        )
+        return result
+
+    terminations: list[int] = []
     try:
-        with _target(url, chosen, model, model_name, metrics_url or ()) as (target, metrics_urls):
-            result, _ = asyncio.run(
-                measure(
-                    target,
-                    chosen,
-                    metrics_urls=metrics_urls,
-                    headers=headers,
-                    say=lambda line: typer.echo(line, err=True),
-                    on_level=files.add,
-                )
-            )
-        files.finish(result)
-    except KeyboardInterrupt:
-        raise typer.Exit(ExitCode.INTERRUPTED) from None  # measured levels are written
+        with (
+            files,
+            _ending_on_termination(terminations),
+            _target(url, chosen, model, model_name, metrics_url or ()) as (target, metrics_urls),
+        ):
+            result = asyncio.run(measure_when_ready(target, metrics_urls))
+    except KeyboardInterrupt:  # what was measured is written
+        raise typer.Exit(ExitCode.TERMINATED if terminations else ExitCode.INTERRUPTED) from None
     except (UnavailableError, ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         is_gone = isinstance(error, UnavailableError)
@@ -153,21 +170,87 @@ def exit_code(result: RunResult) -> ExitCode:
 
 
 class _Files:
-    """What is written: each level as soon as it is measured."""
+    """What is written: each request when it is through, each level when it is measured, and their table at the end.
+
+    What an earlier run left in the folder goes when the first of it is written.
+    """
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+        self._folder, self._is_clean = folder, False
+        self._records: BinaryIO | None = None
+        self._levels: list[Level] = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        if self._folder is not None and self._levels:
+            write_csv(self._levels, self._folder / CSV)
+
+    def note(self, level: str, record: Record) -> None:
+        """Writes a request at once: whatever ends the level early, those until then are there."""
+        if self._folder is None:
+            return
+        if self._records is None:
+            self._records = self._path(self._folder, level).open("wb", buffering=0)
+        self._records.write(record_line(record))
 
     def add(self, result: RunResult, level: Level, records: list[Record]) -> None:
-        """Writes a level, its requests, and the result so far."""
-        if self._folder is not None:
-            write_records(records, self._folder / f"records-{file_name(level.name)}.jsonl")
-            write_result(result, self._folder / RESULT)
+        """Writes a level, the result so far, and in place of all requests those that the figures are of."""
+        if self._folder is None:
+            return
+        self._close()
+        write_records(records, self._path(self._folder, level.name))
+        write_result(result, self._folder / RESULT)
+        self._levels = list(result.levels)
 
-    def finish(self, result: RunResult) -> None:
-        """Writes the table."""
-        if self._folder is not None:
-            write_csv(result.levels, self._folder / CSV)
+    def _path(self, folder: Path, level: str) -> Path:
+        if not self._is_clean:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
+                stale.unlink()
+            self._is_clean = True
+        return folder / f"records-{file_name(level)}.jsonl"
+
+    def _close(self) -> None:
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+async def _wait_ready(target: Target, headers: Mapping[str, str], seconds: float) -> None:
+    """Waits until the service is ready.
+
+    Raises:
+        UnavailableError: If it isn't in time.
+    """
+    async with AsyncFlorence2Client(target.url, model_name=target.model_name, headers=dict(headers)) as client:
+        if not await client.is_ready():
+            _say(f"waiting until {public_url(target.url)} is ready …")
+            await client.wait_ready(seconds)
+
+
+@contextmanager
+def _ending_on_termination(received: list[int]) -> Iterator[None]:
+    """Has SIGTERM end what is done as Ctrl-C does; it is in `received` then."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)  # asyncio's, while a loop runs
+        if not callable(interrupt):  # ignored, as it is behind a shell's `&`
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -180,7 +263,7 @@ def _target(
         target = Target(url=url, protocol=scenario.protocol, keep_alive=keep_alive, model_name=model_name, model=None)
         yield target, metrics_urls
         return
-    typer.echo("starting a service …", err=True)
+    _say("starting a service …")
     settings = {"model": model, "model_name": model_name}
     with Servers(settings, protocol=scenario.protocol, keep_alive=scenario.keep_alive) as servers:
         yield servers.target, [*servers.metrics_urls, *metrics_urls]

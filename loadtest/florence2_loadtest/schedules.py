@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,20 @@ _FORMS = (
 Starts = npt.NDArray[np.float64]
 
 
+class RatePart(NamedTuple):
+    """A part of a schedule, and what it plans.
+
+    Attributes:
+        begin_s: Seconds from the schedule's beginning.
+        first_rate: Requests a second, as it begins.
+        last_rate: As it ends; another one of a ramp alone.
+    """
+
+    begin_s: float
+    first_rate: float
+    last_rate: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
     """When requests are to be sent.
@@ -35,16 +50,29 @@ class Schedule:
         name: As it was asked for.
         starts: float64 [N], seconds from the beginning, ascending.
         seconds: How long it lasts.
+        parts: In their order; empty of a trace, whose rate nobody planned.
     """
 
     name: str
     starts: Starts
     seconds: float
+    parts: tuple[RatePart, ...] = ()
 
     @property
     def rate(self) -> float:
         """Mean of planned requests a second."""
         return len(self.starts) / self.seconds
+
+    @property
+    def rises(self) -> list[tuple[float, float]]:
+        """When the planned rate rises, the first request included, and to how much; a ramp from its beginning on."""
+        rises, before = [], 0.0
+        for part in self.parts:
+            most = max(part.first_rate, part.last_rate)
+            if most > before and not math.isclose(most, before):  # 60/min is 1/s
+                rises.append((part.begin_s, most))
+            before = part.last_rate
+        return rises
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +106,12 @@ def parse_schedule(text: str, seed: int) -> Schedule:
         return _replay(text, Path(rest))
     parts = _parts(text, rest, kind)
     random = np.random.default_rng(seed)
-    starts, begin = [], 0.0
+    starts, rates, begin = [], [], 0.0
     for part in parts:
         starts.append(begin + _MAKERS[part.kind](part, random))
+        rates.append(RatePart(begin, part.first_rate, part.last_rate))
         begin += part.seconds
-    return Schedule(text.strip(), np.concatenate(starts), begin)
+    return Schedule(text.strip(), np.concatenate(starts), begin, tuple(rates))
 
 
 def _parts(text: str, rest: str, kind: str) -> list[_Part]:

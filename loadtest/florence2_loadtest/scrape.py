@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample as MetricSample
 from yarl import URL
 
+from florence2_kserve.urls import public_url
 from florence2_loadtest.results import ServerSide
 
 # In the order in which they are believed about requests: the first that is there is the one that clients ask.
@@ -126,11 +127,11 @@ class Scraper:
                 reading = None
             return reading or await _read_statistics(session, url.origin(), self._model_name)
         except aiohttp.ClientResponseError as error:
-            return f"HTTP {error.status} at {error.request_info.url}"
+            return f"HTTP {error.status} at {public_url(str(error.request_info.url))}"
         except TimeoutError:
             return f"no answer within {_TIMEOUT_S:g} s"
         except (aiohttp.ClientError, ValueError) as error:
-            return str(error) or type(error).__name__
+            return str(error).replace(text, public_url(text)) or type(error).__name__
 
 
 def difference(
@@ -165,7 +166,7 @@ def difference(
         else:
             grown.update({name: value - first.counters.get(name, 0.0) for name, value in last.counters.items()})
             counted.append(last)
-    lines = [f"{url} is left out of the server's figures: {reason}" for url, reason in problems.items()]
+    lines = [f"{public_url(url)} is left out of the server's figures: {reason}" for url, reason in problems.items()]
     for line in lines:
         say(line)
     seen = {reading.component for snapshot in (before, after) for reading in snapshot.readings.values()}
@@ -249,7 +250,7 @@ def _read_metrics(text: str, model_name: str, source: str) -> Reading | None:
     counters: dict[str, float] = {}
     gauges: dict[str, float] = {}
     started: float | None = None
-    for kind, sample in _samples(text):
+    for kind, sample in _samples(text, source):
         name = sample.name
         if name == _STARTED:
             started = sample.value
@@ -263,7 +264,7 @@ def _read_metrics(text: str, model_name: str, source: str) -> Reading | None:
     return Reading(source, component, counters, gauges, started)
 
 
-def _samples(text: str) -> Iterator[tuple[str, MetricSample]]:
+def _samples(text: str, source: str) -> Iterator[tuple[str, MetricSample]]:
     """Yields the samples that matter, with their metrics' kinds."""
     # Most of the text is buckets, and parsing takes the load generator's time.
     wanted = "\n".join(
@@ -271,7 +272,11 @@ def _samples(text: str) -> Iterator[tuple[str, MetricSample]]:
         for line in text.splitlines()
         if ("florence2_" in line or "process_" in line) and "_bucket{" not in line and not line.startswith("# HELP")
     )
-    for family in text_string_to_metric_families(wanted + "\n"):
+    try:
+        families = list(text_string_to_metric_families(wanted + "\n"))
+    except (LookupError, TypeError, ValueError) as error:  # the parser's, of what it doesn't expect
+        raise ValueError(f"{public_url(source)}: not metrics: {type(error).__name__}: {error}") from None
+    for family in families:
         for sample in family.samples:
             if sample.name.startswith("florence2_") or sample.name in (_CPU, _STARTED):
                 yield family.type, sample
@@ -299,26 +304,34 @@ async def _statistics(session: aiohttp.ClientSession, models: URL, name: str) ->
         versions = [entry["inference_stats"] for entry in orjson.loads(text)["model_stats"] if entry["name"] == name]
         counted = [_count_statistics(stats) for stats in versions]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{url}: not the statistics of a model: {type(error).__name__}: {error}") from None
+        raise _unreadable(url, "the statistics of a model", error) from None
     if not counted:
-        raise ValueError(f"{url}: tells nothing of {name}")
+        raise ValueError(f"{public_url(str(url))}: tells nothing of {name}")
     return {series: sum(counters[series] for counters in counted) for series in counted[0]}
 
 
 async def _ensemble(session: aiohttp.ClientSession, models: URL, name: str) -> list[str]:
     """Returns the models that an ensemble is made of; none if it isn't one, or doesn't tell."""
+    url = models / name / "config"
     try:
-        config = orjson.loads(await _get(session, models / name / "config"))
+        config = orjson.loads(await _get(session, url))
     except (aiohttp.ClientResponseError, orjson.JSONDecodeError):
         return []
-    steps = (config.get("ensemble_scheduling") or {}).get("step") or []
-    return list(dict.fromkeys(step["model_name"] for step in steps))
+    try:
+        steps = (config.get("ensemble_scheduling") or {}).get("step") or []
+        return list(dict.fromkeys(str(step["model_name"]) for step in steps))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unreadable(url, "the configuration of a model", error) from None
+
+
+def _unreadable(url: URL, what: str, error: Exception) -> ValueError:
+    return ValueError(f"{public_url(str(url))}: not {what}: {type(error).__name__}: {error}")
 
 
 def _count_statistics(stats: Mapping[str, Any]) -> dict[str, float]:
     counters: dict[str, float] = {}
     for outcome in ("success", "fail"):
-        counters[_series(_REQUESTS, SERVER, outcome=outcome)] = stats[outcome]["count"]
+        counters[_series(_REQUESTS, SERVER, outcome=outcome)] = float(stats[outcome]["count"])
         counters[_series(_REQUEST_SECONDS, SERVER, outcome=outcome)] = stats[outcome]["ns"] / 1e9
     for phase in _PHASES:
         counters[_series(_PHASE_SECONDS, SERVER, phase=phase)] = stats[phase]["ns"] / 1e9

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from florence2_kserve.local import LocalService
 from florence2_kserve.settings import ENV_PREFIX, PREDICTOR_FIELDS, STORAGE_VARIABLE, TRANSFORMER_FIELDS, Settings
+from florence2_loadtest.masking import VARIABLE, masked
 from florence2_loadtest.results import Target
 from florence2_loadtest.sweep.instant_predictor import DEFAULT_TOKENS, InstantPredictor
 
@@ -21,7 +22,6 @@ FIELDS: Mapping[Half, frozenset[str]] = {
 }
 # What is ours to say, since it has to be known before a server starts.
 OWN_FIELDS = frozenset({"host", "http_port", "grpc_port", "predictor_host"})
-VARIABLE = "env."
 _START_S = 300.0
 _GRACE_S = 5  # what is in flight when a measurement has ended is of no use to anybody
 
@@ -86,7 +86,7 @@ class Servers:
             keep_alive=self._keep_alive,
             model_name=str(self._settings.get("model_name", Settings.model_fields["model_name"].default)),
             model=self._model,
-            settings=dict(self._settings),
+            settings=masked(self._settings),
             note=_NOTES[self._half],
         )
         return self

@@ -8,9 +8,23 @@ from collections.abc import Mapping, Sequence
 from florence2_loadtest.generator import Measured, known
 from florence2_loadtest.histogram import measure_times
 from florence2_loadtest.results import Level, Record, ServerSide, TaskResult
+from florence2_loadtest.scenario import Scenario
 from florence2_loadtest.slo import Slo, parse_slo
 
 _NEVER_S = 3600.0  # what who got no answer has waited, as an SLO sees it
+
+
+def slos_of(scenario: Scenario) -> dict[str, str]:
+    """Returns the SLO of each task that has one.
+
+    Raises:
+        ValueError: If a task has two that differ: its answers are judged together.
+    """
+    slos: dict[str, str] = {}
+    for item in scenario.mix:
+        if item.slo is not None and slos.setdefault(item.task, item.slo) != item.slo:
+            raise ValueError(f"{item.task} has two SLOs, {slos[item.task]} and {item.slo}: give it one")
+    return slos
 
 
 def summarise(
@@ -21,8 +35,8 @@ def summarise(
     Args:
         name: Of the level.
         measured: What was measured.
-        slos: By task, as ``p95<2s``. Requests without an answer miss theirs; tasks without one count all their
-            answers as good.
+        slos: By task, as ``p95<2s``. Requests without an answer miss theirs, and so do tasks without a request; tasks
+            without an SLO count all their answers as good.
         server: What the servers' metrics say.
     """
     slos = slos or {}
@@ -31,7 +45,7 @@ def summarise(
     sent = [record for record in records if record.sent_s is not None]
     tasks = {
         task: _task([record for record in records if record.task == task], seconds, slos.get(task))
-        for task in dict.fromkeys(record.task for record in records)
+        for task in dict.fromkeys([*(record.task for record in records), *slos])
     }
     any_slo = any(result.slo for result in tasks.values())
     return Level(
@@ -47,6 +61,7 @@ def summarise(
         answered=len(answered),
         failed=len(sent) - len(answered),
         unsent=len(records) - len(sent),
+        held_back=measured.held_back,
         retried=sum(record.attempts > 1 for record in records),
         throughput=len(answered) / seconds,
         goodput=sum(_goodput(result) for result in tasks.values()) if any_slo else None,

@@ -8,7 +8,7 @@ from florence2_kserve.settings import Settings
 from florence2_loadtest import formats
 from florence2_loadtest.results import Level, SweepResult, Trial
 from florence2_loadtest.slo import Slo, parse_slo
-from florence2_loadtest.sweep.loop import noise, references
+from florence2_loadtest.sweep.confirmation import Decision, decide, references, searched
 from florence2_loadtest.sweep.objective import Objective, read_objective
 
 
@@ -29,7 +29,8 @@ def slo_of(result: SweepResult) -> Slo | None:
 def ranked(result: SweepResult) -> list[Trial]:
     """Returns admissible trials, the best first; of the defaults' repeats the first alone."""
     repeats = references(result.trials, list(result.space))[1:]
-    return [t for t in objective_of(result).rank(result.trials) if t.admissible is not False and t not in repeats]
+    once = [trial for trial in searched(result.trials) if trial not in repeats]
+    return [trial for trial in objective_of(result).rank(once) if trial.admissible is not False]
 
 
 def best_trial(result: SweepResult) -> Trial | None:
@@ -67,9 +68,41 @@ def representative(trial: Trial, result: SweepResult) -> Level | None:
     return objective_of(result).judge(trial.levels).level
 
 
-def noise_of(result: SweepResult) -> float | None:
-    """Returns by which share the defaults' scores differ, measured first and last; None if that isn't known."""
-    return noise(result.trials, list(result.space))
+def decision_of(result: SweepResult) -> Decision:
+    """Returns what measuring again came to."""
+    return decide(result.trials, list(result.space), objective_of(result))
+
+
+def verdict(result: SweepResult) -> str:
+    """Returns what is recommended, how far that can be believed, and why."""
+    made = decision_of(result)
+    if made.best is None:
+        return "No configuration is admissible: nothing is recommended."
+    is_default = made.best.settings.keys().isdisjoint(result.space)
+    if not made.repeats:
+        if is_default:
+            return "Nothing did better than the defaults, which are recommended."
+        return "The best were not measured again, and the best of many is lucky too: no gain is claimed."
+    again = f"Measured {made.repeats} times more, in turn"
+    if made.candidate is None:
+        return f"{again}, only the defaults are admissible, and recommended."
+    theirs = f"{formats.digits(made.score)} {unit_of(result)}"
+    if made.default is None or made.gain is None:
+        return f"{again}, the recommended values have {result.objective} {theirs}; the defaults aren't admissible."
+    ours = f"{formats.digits(made.default)} {unit_of(result)}"
+    spread = f"figures of one configuration differ by up to {formats.share(made.spread)}"
+    better = f"{formats.share(made.gain)} better" if made.gain > 0 else "no better"
+    if made.is_better:
+        told = f"the recommended values have {result.objective} {theirs}, the defaults {ours}: {better}"
+        return f"{again}, {told}, while {spread}."
+    told = f"the best other values have {result.objective} {theirs}, the defaults {ours}: {better}"
+    return f"{again}, {told}, while {spread}. The defaults are recommended."
+
+
+def unsettled(result: SweepResult) -> list[Trial]:
+    """Returns the trials whose figures come from a level that never settled."""
+    levels = ((trial, representative(trial, result)) for trial in result.trials)
+    return [trial for trial, level in levels if level is not None and level.stable is False]
 
 
 def unit_of(result: SweepResult) -> str:

@@ -25,7 +25,7 @@ from florence2_loadtest.scenario import MixItem, Pictures, Scenario
 
 _PLAN = 100 * 128  # requests until the plan begins again
 _BLOCK = 100  # in so many requests in a row, tasks are there by their weights
-_MOST_BYTES = 2 * 1024**3
+_MOST_BYTES = 512 * 1024**2
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _JPEG_QUALITY = 90
 # What is asked of pictures of which nothing is known.
@@ -185,8 +185,8 @@ def _check_size(scenario: Scenario, sizes: Sequence[int]) -> None:
     size = size * 4 // 3 if scenario.encoding == "json" else size
     if size > _MOST_BYTES:
         raise ValueError(
-            f"{len(sizes)} pictures for {len(scenario.mix)} tasks make {size / 1024**3:.1f} GiB of requests, "
-            f"more than {_MOST_BYTES / 1024**3:.0f}: take fewer"
+            f"{len(sizes)} pictures for {len(scenario.mix)} tasks make {size / 1024**2:.0f} MiB of requests, "
+            f"more than {_MOST_BYTES / 1024**2:.0f}: take fewer or smaller ones, or fewer tasks"
         )
 
 

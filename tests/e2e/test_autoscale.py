@@ -124,7 +124,7 @@ def test_standard_scales_by_cpu_and_back(standard: Release, tmp_path: Path) -> N
     (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(LARGE))
     result = _autoscale(
         standard, "standard", "--scenario", str(tmp_path / "scenario.yaml"),
-        "--expect-replicas", "transformer>=2", "--expect", "gone<300s",
+        "--expect-replicas", "transformer>=2", "--expect", "gone<300s", "--wait-after", "300",
     )  # fmt: skip
     assert result.deployment_mode == "Standard"
     assert result.level.answered == result.level.planned == 65

@@ -16,8 +16,8 @@ from florence2_loadtest.cluster.api import Api
 from .cluster_objects import NAME, NAMESPACE, Object
 
 _CORE = f"/api/v1/namespaces/{NAMESPACE}"
-_AUTOSCALER = "/api/v1/namespaces/knative-serving/pods"
-LOG = f"{_AUTOSCALER}/autoscaler-0/log"
+AUTOSCALER = "/api/v1/namespaces/knative-serving/pods"
+LOG = f"{AUTOSCALER}/autoscaler-0/log"
 KINDS = {
     "pods": f"{_CORE}/pods",
     "events": f"{_CORE}/events",
@@ -141,7 +141,7 @@ class ClusterApi:
                     self._answer({"kind": "Status", "code": refused}, refused)
                 elif parts.path == SERVICE and api._service is not None:
                     self._answer(api._service)
-                elif parts.path == _AUTOSCALER:
+                elif parts.path == AUTOSCALER:
                     self._answer({"items": [{"metadata": {"name": "autoscaler-0"}, "status": {"phase": "Running"}}]})
                 elif parts.path == LOG:
                     self._log("follow" in query)

@@ -65,6 +65,7 @@ class FakeServer:
         headers: Of each request, names in lower case.
         peers: The address from which each request came.
         most_in_flight: The most requests that were there at once.
+        ready_at: When it begins to say that it is ready, by ``time.monotonic()``; may be set.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class FakeServer:
         self.headers: list[dict[str, str]] = []
         self.peers: list[Any] = []
         self.most_in_flight = 0
+        self.ready_at = 0.0
 
     @contextmanager
     def serve(self) -> Iterator[str]:
@@ -117,6 +119,7 @@ class FakeServer:
     async def _start(self) -> int:
         app = web.Application(client_max_size=64 * 1024**2)
         app.router.add_post("/v2/models/{name}/infer", self._handle)
+        app.router.add_get("/v2/models/{name}/ready", self._tell_ready)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024)
@@ -126,6 +129,9 @@ class FakeServer:
     async def _run(self, ended: asyncio.Event) -> None:
         await ended.wait()
         await self._runner.cleanup()
+
+    async def _tell_ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if time.monotonic() >= self.ready_at else 503)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body, began = await request.read(), time.monotonic()

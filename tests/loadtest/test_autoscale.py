@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,15 +18,18 @@ from typer.testing import CliRunner, Result
 
 from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.local import LocalService
+from florence2_loadtest.cluster.api import ClusterError
 from florence2_loadtest.cluster.command import RECORDS, RESULT, SAMPLES, TIMELINE, autoscale
 from florence2_loadtest.cluster.expectations import parse_expectation, parse_replicas
-from florence2_loadtest.cluster.run import Plan, watch_scaling
+from florence2_loadtest.cluster.run import Plan, keeps_alive, watch_scaling
+from florence2_loadtest.cluster.service import read_service
 from florence2_loadtest.cluster.table import changes
 from florence2_loadtest.results import AutoscaleResult, read_records, read_result
 from florence2_loadtest.scenario import Scenario
 
 from . import cluster_objects as objects
-from .cluster_api import ClusterApi
+from .cluster_api import SERVICE, ClusterApi
+from .fake_server import FakeServer
 
 pytestmark = pytest.mark.slow
 SCENARIO = {
@@ -134,6 +139,72 @@ def test_load_that_begins_above_the_fewest_replicas_is_a_problem(service: LocalS
     assert result.findings["back_s"] is None
 
 
+class TestWaiting:
+    scenario = Scenario.model_validate({**SCENARIO, "load": {"schedule": "constant:4/s,0.5s"}})
+
+    def plan(self, url: str, **more: Any) -> Plan:
+        given = {"wait_ready_s": 20, "wait_before_s": 0, "wait_after_s": 0, **more}
+        return Plan(objects.NAME, objects.NAMESPACE, self.scenario, url=url, **given)
+
+    @pytest.mark.parametrize("status", [404, 503])
+    def test_goes_on_where_the_api_has_no_answer_yet(self, status: int) -> None:
+        said: list[str] = []
+        with ClusterApi() as cluster, FakeServer(lambda _: 0.01).serve() as url:
+            put_knative_at_zero(cluster)
+            cluster.refusals[SERVICE] = status
+
+            def say(line: str) -> None:
+                said.append(line)
+                if line.startswith("waiting"):
+                    cluster.refusals.clear()
+
+            result, _ = asyncio.run(watch_scaling(cluster.connect(), self.plan(url), say))
+        assert result.level.answered == 2
+        waiting = [line for line in said if line.startswith("waiting")]
+        assert len(waiting) == 1
+        assert waiting[0].startswith(f"waiting: inferenceservice vision/florence2: the API said {status}")
+
+    @pytest.mark.parametrize(("mode", "seconds"), [("Knative", 300), ("Standard", 900)])
+    def test_for_the_way_back_takes_as_long_as_the_mode_s_autoscaler_may(self, mode: str, seconds: int) -> None:
+        class Seen(Exception): ...
+
+        def say(line: str) -> None:
+            if line == f"waiting until it is back at the fewest replicas, {seconds} s at most":
+                raise Seen
+
+        with ClusterApi() as cluster, FakeServer(lambda _: 0.01).serve() as url:
+            cluster.serve(objects.inference_service(mode, fewest=0))
+            cluster.put("pods", objects.pod("transformer", ready=1))
+            with pytest.raises(Seen):
+                asyncio.run(watch_scaling(cluster.connect(), self.plan(url, wait_after_s=None), say))
+
+    @pytest.mark.parametrize("status", [401, 403])
+    def test_ends_at_once_where_it_isn_t_allowed(self, status: int) -> None:
+        with ClusterApi() as cluster:
+            cluster.refusals[SERVICE] = status
+            with pytest.raises(ClusterError, match=f"the API said {status}"):
+                asyncio.run(watch_scaling(cluster.connect(), self.plan("http://127.0.0.1:9")))
+        assert len(cluster.asked) == 1
+
+    @pytest.mark.parametrize(
+        ("mode", "url", "protocol", "keep_alive", "expected"),
+        [
+            ("Standard", None, "rest", None, False),
+            ("Standard", None, "rest", True, True),
+            ("Standard", None, "grpc", None, True),
+            ("Standard", "http://ingress", "rest", None, True),
+            ("Knative", None, "rest", None, True),
+            ("Knative", None, "rest", False, False),
+        ],
+    )
+    def test_connections_are_kept_where_new_pods_are_reached_anyway(
+        self, mode: str, url: str | None, protocol: str, keep_alive: bool | None, expected: bool
+    ) -> None:
+        scenario = self.scenario.model_copy(update={"protocol": protocol})
+        plan = Plan(objects.NAME, objects.NAMESPACE, scenario, url=url, keep_alive=keep_alive)
+        assert keeps_alive(plan, read_service(objects.inference_service(mode))) is expected
+
+
 class TestCommand:
     @pytest.fixture
     def cluster(self, tmp_path: Path) -> Any:
@@ -179,6 +250,43 @@ class TestCommand:
         assert rows[-1]["answered"] == "8"
         assert (tmp_path / "out" / TIMELINE).stat().st_size > 1000
 
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_ends_it_and_what_there_is_is_written(
+        self, cluster: ClusterApi, tmp_path: Path, number: int, code: int
+    ) -> None:
+        def answer_after(index: int) -> float:
+            if index == 5:
+                os.kill(os.getpid(), number)
+            return 0.01
+
+        with FakeServer(answer_after).serve() as url:
+            done = self.run(tmp_path, "--url", url, "--schedule", "constant:4/s,60s")
+        assert done.exit_code == code, done.output
+        result = read_result(tmp_path / "out" / RESULT)
+        assert isinstance(result, AutoscaleResult)
+        assert 0 < result.level.answered < 240
+        assert result.problems[0].startswith("ended by a signal")
+        assert len(list(read_records(tmp_path / "out" / RECORDS))) == result.level.answered
+        assert result.samples
+        assert (tmp_path / "out" / SAMPLES).exists()
+
+    def test_ends_before_the_load_where_nothing_can_be_written(self, cluster: ClusterApi, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("a file")
+        done = self.run(tmp_path, "--url", "http://127.0.0.1:9")
+        assert done.exit_code == ExitCode.FAILED
+        assert f"error: {tmp_path / 'out'} can't be written to: File exists" in done.output
+        assert not cluster.asked
+
+    def test_says_what_it_found_where_that_can_t_be_written_any_more(
+        self, cluster: ClusterApi, service: LocalService, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out" / SAMPLES).mkdir(parents=True)
+        done = self.run(tmp_path, "--url", service.rest_url, "--wait-after", "0")
+        assert done.exit_code == ExitCode.FAILED
+        assert "sent_share" in done.output
+        assert "can't be written to" in done.output
+        assert "Traceback" not in done.output
+
     def test_ends_with_1_where_it_isn_t_as_expected(
         self, cluster: ClusterApi, service: LocalService, tmp_path: Path
     ) -> None:
@@ -196,7 +304,7 @@ class TestCommand:
         assert sum(row["count"] for row in result.statuses_per_second if row["status"] == "connection") == 8
 
     def test_ends_with_4_where_there_is_no_such_service(self, cluster: ClusterApi, tmp_path: Path) -> None:
-        done = self.run(tmp_path, "another", "--url", "http://127.0.0.1:9")
+        done = self.run(tmp_path, "another", "--url", "http://127.0.0.1:9", "--wait-ready", "0")
         assert done.exit_code == ExitCode.UNREACHABLE
         assert "inferenceservice vision/another: the API said 404" in done.output
 

@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from florence2_loadtest.cluster.command import SCENARIO
 from florence2_loadtest.cluster.expectations import COMPONENT_NUMBERS, NUMBERS
-from florence2_loadtest.cluster.findings import find, statuses_per_second, steps, with_first_answer
+from florence2_loadtest.cluster.findings import find, statuses_per_second, with_first_answer
 from florence2_loadtest.cluster.service import Bounds
+from florence2_loadtest.cluster.steps import detect_steps
 from florence2_loadtest.results import PodTimes, Record, Sample
+from florence2_loadtest.scenario import OpenLoad, read_scenario
+from florence2_loadtest.schedules import parse_schedule
 
 BOUNDS = {"transformer": Bounds(0, 3, 2.0), "predictor": Bounds(0, 2, 4.0)}
 # Of tests/e2e on one small node: until which second there were so many transformers ready, pods, wanted; predictors.
@@ -165,6 +169,20 @@ class TestRequests:
 
 
 class TestSteps:
+    def test_are_the_schedule_s_where_it_has_parts(self) -> None:
+        scenario = read_scenario(SCENARIO)
+        assert isinstance(scenario.load, OpenLoad)
+        schedule = parse_schedule(scenario.load.schedule, scenario.seed)
+        records = [request(i, float(start)) for i, start in enumerate(schedule.starts)]
+        found = find(BOUNDS, [], [], records, schedule.rises)
+        assert [(step["second"], step["rate"]) for step in found["steps"]] == [(0, 2), (60, 10), (150, 40)]
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_of_a_trace_are_found_among_random_requests(self, seed: int) -> None:
+        starts = parse_schedule("poisson:2/s,60s;10/s,90s;40/s,20s;10/s,40s;0/s,30s", seed).starts
+        found = [second for second, _ in detect_steps([request(i, float(start)) for i, start in enumerate(starts)])]
+        assert found == [pytest.approx(0, abs=3), pytest.approx(60, abs=3), pytest.approx(150, abs=3)]
+
     @staticmethod
     def rates(*parts: tuple[float, int], poisson: bool = False) -> list[tuple[float, float]]:
         random, begin, planned = np.random.default_rng(5), 0.0, []
@@ -173,7 +191,7 @@ class TestSteps:
             within = np.sort(random.uniform(0, seconds, count)) if poisson else np.arange(count) / (rate or 1)
             planned += [begin + float(start) for start in within]
             begin += seconds
-        return steps([request(i, start) for i, start in enumerate(planned)])
+        return detect_steps([request(i, start) for i, start in enumerate(planned)])
 
     def test_are_the_first_request_and_each_rise(self) -> None:
         assert self.rates((0, 10), (2, 20), (10, 20), (40, 6), (10, 10)) == [(10, 2), (30, 10), (50, 40)]
@@ -191,6 +209,40 @@ class TestSteps:
 
     def test_a_fall_is_none(self) -> None:
         assert self.rates((20, 10), (2, 10)) == [(0, 20)]
+
+
+class TestEnough:
+    @staticmethod
+    def of(*counts: tuple[float, float | None]) -> dict[str, Any]:
+        """Returns what is found of a predictor's ready and desired replicas by the second, after a step at 0."""
+        samples = [
+            Sample(second=float(s), components={"predictor": {"ready": ready, "desired": desired}})
+            for s, (ready, desired) in enumerate(counts)
+        ]
+        found = find({"predictor": Bounds(0, 4, 2.0)}, samples, [], [request(0, 0.0, 1.0)], [(0.0, 5.0)])
+        assert found["enough_s"] == found["predictor"]["enough_s"]
+        return dict(found["predictor"])
+
+    def test_isn_t_known_where_nobody_said_how_many_are_wanted(self) -> None:
+        assert self.of((1, None), (1, None))["enough_s"] is None
+
+    def test_is_none_needed_where_never_more_are_wanted(self) -> None:
+        found = self.of((2, 2), (2, 1), (2, 2))
+        assert (found["enough_s"], found["steps"]) == (0.0, [])
+
+    def test_isn_t_reached_on_the_way_to_the_most(self) -> None:
+        found = self.of((1, 1), (1, 2), (2, 2), (2, 3), (2, 3), (3, 3))
+        assert found["steps"] == [{"second": 0.0, "from": 1.0, "to": 3.0, "desired_s": 3.0, "enough_s": 5.0}]
+
+    def test_are_as_many_as_are_still_wanted(self) -> None:
+        assert self.of((1, 1), (1, 4), (2, 4), (2, 3), (3, 3), (3, 1))["enough_s"] == 4.0
+
+    def test_isn_t_known_of_a_step_that_nobody_saw(self) -> None:
+        samples = [Sample(second=float(s), components={"predictor": component(1, 1, 1)}) for s in range(5)]
+        rises = [(0.0, 1.0), (10.0, 2.0)]
+        found = find({"predictor": Bounds(0, 4, 2.0)}, samples, [], [request(0, 0.0, 1.0)], rises)["predictor"]
+        assert found["enough_s"] is None
+        assert found["steps"][-1] == {"second": 10.0, **dict.fromkeys(("from", "to", "desired_s", "enough_s"))}
 
 
 class TestSurplus:
@@ -223,6 +275,7 @@ class TestUnknown:
     def test_what_wasn_t_sampled_is_none(self) -> None:
         found = find({"predictor": Bounds(0, 2, 4.0)}, self.samples, [], [request(0, 1.0, 2.0)])
         predictor = found["predictor"]
+        assert predictor["enough_s"] is None
         for name in ("most_ready", "most_desired", "panics", "replica_s", "surplus_share", "activator_s", "back_s"):
             assert predictor[name] is None, name
         assert (found["panics"], found["held"], found["back_s"], found["first_answer_s"]) == (None, None, None, None)

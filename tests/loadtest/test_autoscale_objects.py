@@ -25,7 +25,7 @@ class TestService:
         assert service.host == "florence2-vision.example.com"
         assert service.local_url("rest") == "http://florence2-transformer.vision"
         assert service.local_url("grpc") == "grpc://florence2-transformer.vision:80"
-        assert service.bounds == {"transformer": Bounds(0, 3, 2.0), "predictor": Bounds(0, 2, 4.0)}
+        assert service.bounds == {"transformer": Bounds(0, 3, 1.4), "predictor": Bounds(0, 2, 2.8)}
 
     def test_standard_has_no_target_of_requests(self) -> None:
         service = read_service(objects.inference_service("Standard", fewest=1))
@@ -42,7 +42,28 @@ class TestService:
     def test_what_the_specification_leaves_out_has_kserve_s_defaults(self) -> None:
         item = objects.inference_service()
         item["spec"] = {"predictor": {}}
-        assert read_service(item).bounds == {"predictor": Bounds(1, None, None)}
+        assert read_service(item).bounds == {"predictor": Bounds(1, None, 70.0)}
+
+    @pytest.mark.parametrize(
+        ("given", "percent", "target"),
+        [
+            ({"scaleTarget": 10}, None, 7.0),
+            ({"scaleTarget": 10}, "85", 8.5),
+            ({"scaleTarget": 10, "containerConcurrency": 4}, "50", 2.0),
+            ({"containerConcurrency": 64}, "75", 48.0),
+            ({"scaleTarget": 10, "containerConcurrency": 0}, "100", 10.0),
+            ({"scaleTarget": 1}, None, 1.0),
+            ({"scaleTarget": 10, "scaleMetric": "rps"}, None, None),
+        ],
+    )
+    def test_knative_keeps_replicas_at_a_share_of_what_they_may_have(
+        self, given: dict[str, object], percent: str | None, target: float | None
+    ) -> None:
+        item = objects.inference_service()
+        item["spec"] = {"predictor": given}
+        if percent is not None:
+            given["annotations"] = {"autoscaling.knative.dev/target-utilization-percentage": percent}
+        assert read_service(item).bounds["predictor"].target == target
 
 
 class TestPods:

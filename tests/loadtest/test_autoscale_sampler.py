@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from florence2_loadtest.cluster.api import ClusterError
+from florence2_loadtest.cluster.panic import PanicWatch
 from florence2_loadtest.cluster.sampler import Sampler, find_service
 from florence2_loadtest.cluster.service import read_service
 
 from . import cluster_objects as objects
-from .cluster_api import KINDS, LOG, SERVICE, ClusterApi
+from .cluster_api import AUTOSCALER, KINDS, LOG, SERVICE, ClusterApi
 
 pytestmark = pytest.mark.slow
 KEY = "vision/florence2-predictor-00001"
@@ -150,6 +151,42 @@ def test_an_api_that_goes_away_leaves_a_gap_and_is_asked_again(cluster: ClusterA
         here["metadata"]["name"]: False,
         gone["metadata"]["name"]: True,
     }
+
+
+def test_an_object_that_can_t_be_read_leaves_a_gap_rather_than_what_was_known_last(cluster: ClusterApi) -> None:
+    strange = objects.pod("transformer", started=1, is_loaded=True)
+    del strange["spec"]
+    with sampler_of(cluster) as sampler:
+        wait(lambda: sampler.now.get("transformer", {}).get("ready") == 0)
+        cluster.put("pods", strange)
+        wait(lambda: sampler.now["transformer"]["ready"] is None)
+        cluster.delete("pods", strange)
+        cluster.put("pods", objects.pod("transformer", 1, ready=1))
+        wait(lambda: sampler.now["transformer"]["ready"] == 1)
+    assert "pods: KeyError: 'spec'" in [text for _, text in sampler.notes(0)]
+
+
+def test_that_panics_aren_t_known_is_noted_once_an_outage(cluster: ClusterApi) -> None:
+    def asked() -> int:
+        return sum(path == AUTOSCALER for path, _ in list(cluster.asked))
+
+    notes: list[str] = []
+    api = cluster.connect()
+    watch = PanicWatch(api, find_service(api, objects.NAME, objects.NAMESPACE), notes.append, look_s=0.02)
+    cluster.refusals[AUTOSCALER] = 503
+    watch.start()
+    try:
+        wait(lambda: asked() >= 4)
+        assert watch.is_panicking("predictor") is None
+        assert len(notes) == 1
+        cluster.refusals.clear()
+        wait(lambda: watch.is_panicking("predictor") is False)
+        cluster.refusals[AUTOSCALER] = 503
+        wait(lambda: len(notes) == 2)
+    finally:
+        watch.stop()
+    assert notes[0] == notes[1]
+    assert "the API said 503" in notes[0]
 
 
 def test_a_version_that_is_too_old_only_asks_for_a_new_list(cluster: ClusterApi) -> None:

@@ -26,12 +26,6 @@ def test_late_sending_is_named() -> None:
     assert "sent up to 300 ms late" in str(find_bottleneck(0.3, 0.001, 0.3, 0.1))
 
 
-def test_a_full_house_is_named_rather_than_its_consequence() -> None:
-    words = str(find_bottleneck(0.3, 0.001, 5.0, 0.1, held_back=17))
-    assert "17 requests waited" in words
-    assert "late" not in words
-
-
 def test_a_loop_that_is_kept_busy_is_found_out() -> None:
     async def work() -> None:
         watch = Watch()
@@ -41,10 +35,47 @@ def test_a_loop_that_is_kept_busy_is_found_out() -> None:
             while time.thread_time() < busy_until:
                 pass
             await asyncio.sleep(0)
-        generator = watch.stop([0.01] * 100, [])
+        generator = watch.stop([0.01] * 100)
         assert generator.loop_lag_p99_s >= 0.03
         assert generator.bottleneck is not None
         assert "late" in generator.bottleneck
+
+    asyncio.run(work())
+
+
+def test_one_long_stall_is_found_out() -> None:
+    """It meets every request that comes meanwhile, though the loop is late but once."""
+
+    async def work() -> None:
+        watch = Watch()
+        await asyncio.sleep(1.0)
+        time.sleep(0.5)
+        await asyncio.sleep(0.5)
+        generator = watch.stop([0.2] * 100)
+        assert generator.loop_lag_p99_s >= 0.3
+        assert "its event loop ran" in str(generator.bottleneck)
+
+    asyncio.run(work())
+
+
+def test_a_stall_that_lasts_until_the_end_is_found_out() -> None:
+    async def work() -> None:
+        watch = Watch()
+        await asyncio.sleep(0.1)
+        time.sleep(0.5)
+        assert watch.stop([0.2] * 100).loop_lag_p99_s >= 0.4
+
+    asyncio.run(work())
+
+
+def test_slips_are_told_whole_and_judged_by_the_generators_own() -> None:
+    async def work() -> None:
+        others, own = Watch(), Watch()
+        await asyncio.sleep(0.3)
+        generator = others.stop([1.0] * 10, [5.0] * 10, [0.0] * 10)
+        assert generator.slip_p99_s == 5.0
+        assert "requests were sent" not in str(generator.bottleneck)
+        assert "requests were sent" in str(own.stop([1.0] * 10, [5.0] * 10, [5.0] * 10).bottleneck)
 
     asyncio.run(work())
 

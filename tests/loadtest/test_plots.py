@@ -124,6 +124,18 @@ def test_the_replica_timeline_names_components_notes_and_statuses() -> None:
     assert {"transformer", "predictor", "spike to 40/s", "ingress http 503", "desired", "pending", "panic"} <= said
 
 
+def test_replicas_that_nobody_told_are_a_gap() -> None:
+    result = autoscale_result()
+    for sample in result.samples[100:110]:
+        sample.components["predictor"] |= dict.fromkeys(("ready", "pending", "terminating", "desired"))
+    axes = next(axes for axes in timeline_plot(result).figure().axes if axes.get_title(loc="left") == "predictor")
+    tops = [[path.get_extents() for path in area.get_paths()] for area in axes.collections]
+    for area in tops[:2]:
+        assert not [box for box in area if box.x0 < 105 < box.x1], "nothing is drawn across the gap"
+    assert any(box.x1 <= 101 for box in tops[0])
+    assert any(box.x0 >= 109 for box in tops[0])
+
+
 def test_a_pods_bars_begin_when_it_was_created() -> None:
     result = autoscale_result()
     result.pods = result.pods[:1]

@@ -7,6 +7,7 @@ import csv
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from florence2_kserve.exit_codes import ExitCode
 from florence2_kserve.local import LocalService, free_port
 from florence2_kserve.tasks import TASKS
 from florence2_loadtest.console import remarks
 from florence2_loadtest.measure import file_name, measure
-from florence2_loadtest.results import Generator, Level, RunResult, Target, read_records, read_result
+from florence2_loadtest.results import Generator, Level, RunResult, Target, TaskResult, read_records, read_result
 from florence2_loadtest.run import exit_code, run
 from florence2_loadtest.scenario import ClosedLoad, MixItem, OpenLoad, Pictures, Scenario
 from tests.loadtest.fake_server import FakeServer, Reply
@@ -90,9 +92,54 @@ def test_a_service_that_refuses_everything_is_an_exit_code_and_says_why(scenario
 
 
 def test_a_service_that_is_not_there_is_an_exit_code(scenario: str) -> None:
-    done = command("--url", f"http://127.0.0.1:{free_port()}", "--scenario", scenario, "--timeout", "0.1")
-    assert done.exit_code == 4
-    assert "error:" in done.stderr
+    url = f"http://127.0.0.1:{free_port()}"
+    for patience in ("0", "0.1"):
+        done = command("--url", url, "--scenario", scenario, "--timeout", "0.1", "--wait-ready", patience)
+        assert done.exit_code == 4
+        assert "error:" in done.stderr
+    assert "isn't ready after 0.1 s" in done.stderr
+
+
+def test_a_service_that_is_not_ready_yet_is_waited_for(scenario: str) -> None:
+    server = FakeServer(lambda number: 0.005)
+    server.ready_at = time.monotonic() + 1.0
+    with server.serve() as url:
+        done = command("--url", url, "--scenario", scenario, *SHORT)
+    assert done.exit_code == 0, done.output
+    assert server.arrivals[0] >= server.ready_at
+    assert f"waiting until {url} is ready" in done.stderr
+
+
+def test_what_an_earlier_run_left_is_removed(scenario: str, tmp_path: Path) -> None:
+    stale = ["perf_analyzer.csv", "OD.perf_analyzer.csv", "records-concurrency-99.jsonl"]
+    others = ["notes.csv", "records.jsonl", "values.yaml"]
+    for name in [*stale, *others]:
+        (tmp_path / name).write_text("old")
+    with FakeServer(lambda number: 0.005).serve() as url:
+        done = command("--url", url, "--scenario", scenario, "--separately", *SHORT, "--output", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    of_the_run = ["CAPTION.perf_analyzer.csv", "OD.perf_analyzer.csv", "result.json"]
+    of_the_run += [f"records-{task}-concurrency-2.jsonl" for task in ("caption", "od")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*of_the_run, *others, "tiny.yaml"])
+    assert (tmp_path / "OD.perf_analyzer.csv").read_text() != "old"
+    assert {(tmp_path / name).read_text() for name in others} == {"old"}
+
+
+def test_results_that_cannot_be_written_are_an_error_without_a_traceback(scenario: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with FakeServer(lambda number: 0.005).serve() as url:
+        done = command("--url", url, "--scenario", scenario, *SHORT, "--output", str(tmp_path / "file"))
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("error: concurrency 2: FileExistsError: ")
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_two_slos_of_one_task_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text("mix: [{task: OD, slo: p95<2s}, {task: OD, slo: p50<1s}]\n")
+    done = command("--url", "http://h", "--scenario", str(path))
+    assert done.exit_code == 2
+    assert "<OD> has two SLOs" in " ".join(done.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -145,10 +192,19 @@ def test_a_service_that_went_away_is_told_from_one_that_refuses() -> None:
 
 
 def test_the_reader_is_told_what_not_to_believe() -> None:
-    generator = Generator(bottleneck="its event loop was busy")
+    fields: dict[str, Any] = {
+        "generator": Generator(bottleneck="its event loop was busy"),
+        "tasks": {
+            "<OD>": TaskResult(slo="p95<2s", slo_met=False),
+            "<OCR>": TaskResult(slo="p95<2s", slo_met=False, failed=3),
+        },
+    }
     lines = " / ".join(
-        remarks(result_of(level_of(stable=False, statuses={"ok": 1, "timeout": 2}, generator=generator)))
+        remarks(result_of(level_of(stable=False, statuses={"ok": 1, "timeout": 2}, held_back=17, **fields)))
     )
+    assert "17 requests waited for others" in lines
+    assert "<OD> misses its SLO: none of its requests was over" in lines
+    assert "<OCR> misses its SLO: none of its 3 requests was answered" in lines
     assert "2 × timeout" in lines
     assert "didn't agree" in lines
     assert "the load generator was the bottleneck: its event loop was busy" in lines
@@ -198,17 +254,29 @@ def test_the_real_service_answers_in_an_open_loop(service: LocalService) -> None
 
 
 @pytest.mark.slow
-def test_what_was_measured_before_ctrl_c_is_written(scenario: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGKILL, -9)],
+)
+def test_what_was_measured_before_an_end_by_signal_is_written(
+    number: signal.Signals, code: int, scenario: str, tmp_path: Path
+) -> None:
     program = "import typer; from florence2_loadtest.run import run; typer.run(run)"
     with FakeServer(lambda number: 0.005).serve() as url:
-        options = ["--url", url, "--scenario", scenario, "--concurrency", "1:50", *SHORT, "--output", str(tmp_path)]
+        options = ["--url", url, "--scenario", scenario, "--concurrency", "1:50", "--output", str(tmp_path)]
+        options += ["--window", "0.5", "--max-windows", "1"]
         with subprocess.Popen([sys.executable, "-c", program, *options], stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             while not process.stderr.readline().startswith("concurrency 3 …"):
                 assert process.poll() is None
-            process.send_signal(signal.SIGINT)
+            while not (unfinished := tmp_path / "records-concurrency-3.jsonl").exists():
+                assert process.poll() is None
+            time.sleep(0.1)
+            process.send_signal(number)
             process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
+    assert next(read_records(unfinished)).status == "ok"
+    assert (tmp_path / "perf_analyzer.csv").exists() == (number != signal.SIGKILL)
     result = read_result(tmp_path / "result.json")
     assert isinstance(result, RunResult)
     assert 2 <= len(result.levels) < 50

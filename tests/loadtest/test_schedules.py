@@ -137,3 +137,21 @@ def test_what_is_wrong_with_a_trace_is_said(content: str | None, words: str, tmp
         (tmp_path / "trace").write_text(content)
     with pytest.raises(ValueError, match=words):
         parse_schedule(f"replay:{tmp_path}/trace", 0)
+
+
+def test_rises_are_those_of_the_planned_rate() -> None:
+    schedule = parse_schedule(
+        "steps:0/s,5s;2/s,20s;poisson:120/min,5s;10/s,5s;ramp:10-4/s,5s;ramp:0-8/s,10s;8/s,5s", 0
+    )
+    assert schedule.rises == [(5, 2), (30, 10), (40, 8)]
+    assert [part.begin_s for part in schedule.parts] == [0, 5, 25, 30, 35, 40, 50]
+
+
+def test_a_ramp_says_where_it_begins_and_ends() -> None:
+    assert parse_schedule("ramp:2-100/s,60s", 0).parts == ((0, 2, 100),)
+
+
+def test_a_trace_has_no_planned_rate(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("1\n2\n3\n")
+    schedule = parse_schedule(f"replay:{tmp_path / 'trace'}", 0)
+    assert (schedule.parts, schedule.rises) == ((), [])

@@ -338,6 +338,58 @@ def test_the_queue_of_an_ensemble_is_that_of_its_models():
     assert side.generate_s == pytest.approx(0.3)
 
 
+ODD = [[], {}, "text", None, 7, {"model_stats": [7]}, {"model_stats": [{"name": "florence2"}]}]
+ODD_COUNT = statistics(1)
+ODD_COUNT["inference_stats"]["success"]["count"] = [1]
+ODD_CONFIGS = [[], 7, "text", None, {"ensemble_scheduling": [1]}, {"ensemble_scheduling": {"step": [{}]}}]
+ODD_METRICS = ['florence2_engine_x{a="b" 7\n', "florence2_engine_x{}{}{} = ?\n", "florence2_engine_x seven\n"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "stats", "config"),
+    [
+        *((None, odd, {}) for odd in [*ODD, {"model_stats": [ODD_COUNT]}]),
+        *((None, {"model_stats": [statistics(1)]}, odd) for odd in ODD_CONFIGS),
+        *((odd, {}, {}) for odd in ODD_METRICS),
+    ],
+)
+def test_an_odd_server_is_a_problem_of_its_url_alone(metrics, stats, config):
+    async def own_metrics(request: web.Request) -> web.Response:
+        return web.Response(text=metrics, status=200 if metrics else 404)
+
+    async def tell(request: web.Request) -> web.Response:
+        return web.json_response(stats if request.path.endswith("/stats") else config)
+
+    async def scrape() -> Snapshot:
+        app = web.Application()
+        app.router.add_get("/metrics", own_metrics)
+        app.router.add_get("/v2/models/florence2/{what}", tell)
+        async with TestServer(app) as odd, serving(Predictor()) as urls:
+            return await Scraper([f"http://127.0.0.1:{odd.port}", *urls]).scrape()
+
+    snapshot = asyncio.run(scrape())
+    (problem,) = snapshot.problems.values()
+    assert ": not " in problem
+    assert len(snapshot.readings) == 1
+
+
+def test_no_secret_of_a_url_is_recorded():
+    predictor = Predictor()
+    said: list[str] = []
+
+    async def scrape() -> ServerSide:
+        async with serving(predictor) as urls:
+            secret = urls[0].replace("http://", "http://user:s3cret@")
+            scraper = Scraper([f"{secret}/metrics?token=s3cret", f"{secret}/nowhere?token=s3cret", "x:s3cret@y"])
+            before = await scraper.scrape()
+            return difference(before, await scraper.scrape(), say=said.append)
+
+    side = asyncio.run(scrape())
+    assert len(side.sources) == 1
+    assert len(side.problems) == 2
+    assert "s3cret" not in side.model_dump_json() + " ".join(said)
+
+
 def test_samples_in_between_tell_means_and_maxima_of_gauges():
     predictors = Predictor(), Predictor()
 

@@ -70,7 +70,7 @@ def test_pixels_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.Monk
 class TestStarted:
     def test_the_transformer_alone_answers_from_a_canned_sequence(self, tmp_path: Path) -> None:
         picture = _picture(tmp_path)
-        with Servers({"max_asyncio_workers": 1}, "transformer", answer_tokens=30) as servers:
+        with Servers({"max_asyncio_workers": 1, "env.HF_TOKEN": "x"}, "transformer", answer_tokens=30) as servers:
             with Florence2Client(servers.target.url) as client:
                 boxes = client.infer(picture, "<OD>")["<OD>"]
                 quads = client.infer(picture, "<OCR_WITH_REGION>")["<OCR_WITH_REGION>"]
@@ -79,6 +79,7 @@ class TestStarted:
             (url,) = servers.metrics_urls
             assert 'florence2_requests_total{model="florence2",outcome="success"} 2.0' in httpx.get(url).text
             assert servers.ended is None
+            assert servers.target.settings == {"max_asyncio_workers": 1, "env.HF_TOKEN": "***"}
 
     def test_a_server_that_cannot_start_is_said_with_its_log_and_leaves_none_behind(self) -> None:
         with pytest.raises(RuntimeError, match="was asked for, but no GPU is visible"):

@@ -8,7 +8,8 @@ import pytest
 from florence2_loadtest.generator import Measured
 from florence2_loadtest.histogram import measure_times
 from florence2_loadtest.results import Generator, Level, Record
-from florence2_loadtest.summary import count_by_second, summarise
+from florence2_loadtest.scenario import MixItem, Scenario
+from florence2_loadtest.summary import count_by_second, slos_of, summarise
 
 
 def record(
@@ -93,6 +94,22 @@ def test_refusing_everybody_else_does_not_meet_an_slo(lost: Record) -> None:
     answered = [record(i, took=1.0) for i in range(90)]
     assert level(answered, {"<OD>": "p95<2s"}).tasks["<OD>"].slo_met is True
     assert level(answered + [lost] * 10, {"<OD>": "p95<2s"}).tasks["<OD>"].slo_met is False
+
+
+def test_a_task_that_nothing_was_asked_of_does_not_meet_its_slo() -> None:
+    found = level([record(0)], {"<OD>": "p95<2s", "<OCR>": "p95<2s"})
+    assert found.tasks["<OD>"].slo_met is True
+    assert (found.tasks["<OCR>"].answered, found.tasks["<OCR>"].slo_met) == (0, False)
+    assert found.goodput == pytest.approx(0.1)
+
+
+def test_a_task_has_one_slo() -> None:
+    def mix(*slos: str | None) -> Scenario:
+        return Scenario(mix=[MixItem(task="OD", slo=slo) for slo in slos])
+
+    assert slos_of(mix("p95<2s", None, "p95<2s")) == {"<OD>": "p95<2s"}
+    with pytest.raises(ValueError, match="<OD> has two SLOs, p95<2s and p50<1s"):
+        slos_of(mix("p95<2s", "p50<1s"))
 
 
 def test_tasks_are_told_apart() -> None:

@@ -13,18 +13,26 @@ from typing import Any
 
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import HTTPError
 
 Object = Mapping[str, Any]
 CONNECT_S, READ_S = 5.0, 15.0
 WATCH_S = 60  # the API server ends a watch after it, and another one goes on
 PAUSE_S = 1.0
 _GONE = 410
+_FORBIDDEN = (401, 403)
 _IN_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class ClusterError(Exception):
-    """The cluster can't be asked, or hasn't got what is asked for."""
+    """The cluster can't be asked, or hasn't got what is asked for.
+
+    Attributes:
+        is_forbidden: Whether it won't be allowed later either.
+    """
+
+    def __init__(self, message: str, *, is_forbidden: bool = False) -> None:
+        super().__init__(message)
+        self.is_forbidden = is_forbidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,11 @@ def explain(error: Exception) -> str:
     if isinstance(error, ApiException):
         return f"the API said {error.status} {error.reason}"
     return f"{type(error).__name__}: {error}"
+
+
+def is_forbidden(error: Exception) -> bool:
+    """Returns whether an error says that something isn't allowed: asking again is of no use."""
+    return isinstance(error, ApiException) and error.status in _FORBIDDEN
 
 
 def read_json(response: Any) -> Any:
@@ -137,7 +150,7 @@ class Mirror:
                 version = self._list()
                 while not self._stopped.is_set():
                     version = self._follow(version)
-            except (ApiException, HTTPError, OSError, ValueError) as error:
+            except Exception as error:  # whatever it is: a mirror that ended would seem to know
                 if self._stopped.is_set():
                     return
                 if not (isinstance(error, ApiException) and error.status == _GONE):  # that only asks for a new list

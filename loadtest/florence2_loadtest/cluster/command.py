@@ -14,7 +14,7 @@ from florence2_loadtest.run import Protocol
 
 if TYPE_CHECKING:
     from florence2_loadtest.cluster.expectations import Expectation
-    from florence2_loadtest.results import AutoscaleResult
+    from florence2_loadtest.results import AutoscaleResult, Record
 
 SCENARIO = "zero-step-spike-zero"
 RESULT, SAMPLES, RECORDS, TIMELINE = "result.json", "samples.csv", "records.jsonl", "timeline.png"
@@ -66,7 +66,10 @@ def autoscale(
             help="Seconds that it may take to shrink to its fewest replicas before the load; 0: as it is.", min=0
         ),
     ] = 180,
-    wait_after: Annotated[float, typer.Option(help="The same after the load.", min=0)] = 300,
+    wait_after: Annotated[
+        float | None,
+        typer.Option(help="The same after the load; else 300 in Knative mode, and 900 in Standard mode.", min=0),
+    ] = None,
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="'NAME<VALUE'", help="Of a finding, e.g. 'first_answer<60s'; may be repeated."),
@@ -83,14 +86,17 @@ def autoscale(
         "autoscale-output"
     ),
 ) -> None:
-    """Watch a service in a cluster scale under a schedule; exit code 1 if it isn't as expected."""
+    """Watch a service in a cluster scale under a schedule; exit code 1 if it isn't as expected.
+
+    Ctrl-C or SIGTERM ends it, and what there is by then is written.
+    """
     import asyncio
 
     from florence2_loadtest.cluster.api import Api, ClusterError
     from florence2_loadtest.cluster.expectations import parse_expectation, parse_replicas
+    from florence2_loadtest.cluster.interruption import Interrupted
     from florence2_loadtest.cluster.run import Plan, watch_scaling
     from florence2_loadtest.overrides import override
-    from florence2_loadtest.results import write_records, write_result
     from florence2_loadtest.scenario import read_scenario
 
     check_url(url)
@@ -102,39 +108,70 @@ def autoscale(
         if url is not None:
             spoken = "grpc" if url.startswith("grpc") else "rest"
         others = {"protocol": spoken, "timeout_s": timeout, "retries": retries}
-        chosen = override(read_scenario(scenario), schedule=schedule, others=others)
+        given = read_scenario(scenario)
+        # Where it doesn't say, it depends on the way to the service.
+        keep_alive = given.keep_alive if "keep_alive" in given.model_fields_set else None
+        chosen = override(given, schedule=schedule, others=others)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:
         api = Api.connect(kubeconfig, context)
         plan = Plan(
             name, namespace or api.namespace, chosen, url, read_headers(header), host_header, model_name, ca_file,
-            knative_namespace, wait_ready, wait_before, wait_after, expected,
+            knative_namespace, wait_ready, wait_before, wait_after, keep_alive, expected,
         )  # fmt: skip
+        _probe(output)
         result, records = asyncio.run(watch_scaling(api, plan, typer.echo))
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
+    except Interrupted as interrupted:
+        if interrupted.outcome is not None:
+            _show(*interrupted.outcome, output)
+        raise typer.Exit(interrupted.code) from None
     except ClusterError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(ExitCode.UNREACHABLE) from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    write_result(result, output / RESULT)
-    write_records(records, output / RECORDS)
-    _show(result, output)
+    _show(result, records, output)
     raise typer.Exit(ExitCode.FAILED if result.problems else ExitCode.OK)
 
 
-def _show(result: AutoscaleResult, output: Path) -> None:
-    """Writes samples and picture, and says what was found."""
-    from florence2_loadtest.cluster.table import changes, findings_text, write_csv
-    from florence2_loadtest.plots.autoscale import replica_timeline
+def _probe(folder: Path) -> None:
+    """Makes the folder of the results, and tries whether it can be written to: afterwards it would be too late."""
+    import tempfile
 
-    write_csv(result, output / SAMPLES)
-    replica_timeline(result, output / TIMELINE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        typer.echo(f"error: {folder} can't be written to: {error.strerror}", err=True)
+        raise typer.Exit(ExitCode.FAILED) from None
+
+
+def _show(result: AutoscaleResult, records: list[Record], output: Path) -> None:
+    """Says what was found, and writes it."""
+    from florence2_loadtest.cluster.table import changes, findings_text
+
     typer.echo(f"\n{changes(result)}\n\n{findings_text(result.findings)}")
     if bottleneck := result.level.generator.bottleneck:
         typer.echo(f"\nthe load generator itself was too slow: {bottleneck}")
     for problem in result.problems:
         typer.echo(f"not as expected: {problem}")
+    try:
+        _write(result, records, output)
+    except OSError as error:
+        typer.echo(f"error: the result can't be written to {output}: {error.strerror}", err=True)
+        raise typer.Exit(ExitCode.FAILED) from None
     typer.echo(f"\n{output / RESULT}: {'not as expected' if result.problems else 'all as expected'}")
+
+
+def _write(result: AutoscaleResult, records: list[Record], output: Path) -> None:
+    from florence2_loadtest.cluster.table import write_csv
+    from florence2_loadtest.plots.autoscale import replica_timeline
+    from florence2_loadtest.results import write_records, write_result
+
+    write_result(result, output / RESULT)
+    write_records(records, output / RECORDS)
+    write_csv(result, output / SAMPLES)
+    replica_timeline(result, output / TIMELINE)

@@ -19,15 +19,18 @@ import numpy as np
 
 from florence2_loadtest.cluster.pods import PHASES
 from florence2_loadtest.cluster.service import Bounds
+from florence2_loadtest.cluster.steps import detect_steps
 from florence2_loadtest.results import PodTimes, Record, Sample
 
-_LOOK_S = 5  # on either side of a step
-_STEP, _SIGMAS = 1.5, 3.0  # how much more has to be planned behind it, relatively and in deviations of a random rate
 _EARLY_S = 1.0  # a pod may be seen so much before the request for which it was made
 
 
 def find(
-    bounds: Mapping[str, Bounds], samples: Sequence[Sample], pods: Sequence[PodTimes], records: Sequence[Record]
+    bounds: Mapping[str, Bounds],
+    samples: Sequence[Sample],
+    pods: Sequence[PodTimes],
+    records: Sequence[Record],
+    rises: Sequence[tuple[float, float]] = (),
 ) -> dict[str, Any]:
     """Returns all findings by name, each component's under its own; None is what wasn't seen, or can't be.
 
@@ -36,6 +39,7 @@ def find(
         samples: Of the cluster, in their order.
         pods: Their ways to readiness.
         records: All planned requests.
+        rises: When the planned rate rises, and to how much; empty: they are looked for among the requests.
     """
     found = {
         "sent_share": _share(sum(record.sent_s is not None for record in records), len(records)),
@@ -43,7 +47,7 @@ def find(
         **_first_answer(bounds, samples, pods, records),
         **_held(samples, records),
     }
-    rises = steps(records)
+    rises = rises or detect_steps(records)
     found["steps"] = [{"second": second, "rate": rate} for second, rate in rises]
     parts = {
         name: _component(name, bounds[name], samples, pods, records, [second for second, _ in rises])
@@ -85,30 +89,6 @@ def statuses_per_second(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def steps(records: Sequence[Record]) -> list[tuple[float, float]]:
-    """Returns when the planned rate went up for good, and to how many requests a second; the first one included."""
-    if not records:
-        return []
-    planned = np.bincount([math.floor(record.planned_s) for record in records])
-    first = int(np.flatnonzero(planned)[0])
-    rises: dict[int, float] = {}
-    for second in range(first + 1, len(planned)):
-        before = float(planned[max(first, second - _LOOK_S) : second].mean())
-        after = float(planned[second : second + _LOOK_S].mean())
-        noise = _SIGMAS * math.sqrt((before + after) / _LOOK_S)
-        if after >= _STEP * before and after - before >= noise:
-            rises[second] = after - before
-    sharpest = [
-        second
-        for second, rise in rises.items()
-        if rise == max(rises.get(near, 0.0) for near in range(second - _LOOK_S, second + _LOOK_S + 1))
-    ]
-    begins = [first, *sharpest, len(planned)]
-    return [
-        (float(begin), float(planned[begin : min(end, begin + _LOOK_S)].mean())) for begin, end in pairwise(begins)
-    ]
-
-
 def _component(
     name: str,
     bounds: Bounds,
@@ -128,7 +108,7 @@ def _component(
         "most_ready": _most(name, after, "ready"),
         "most_desired": _most(name, after, "desired"),
         "pods_created": sum(pod.component == name and pod.created_s >= -_EARLY_S for pod in pods),
-        "enough_s": _latest([step["enough_s"] for step in reached]) if reached else 0.0,
+        "enough_s": _slowest(name, after, reached),
         "steps": reached,
         "panics": _panics(name, after),
         "replica_s": held,
@@ -181,24 +161,50 @@ def _held(samples: Sequence[Sample], records: Sequence[Record]) -> dict[str, Any
 
 
 def _enough(name: str, samples: Sequence[Sample], rises: Sequence[float]) -> list[dict[str, Any]]:
-    """Returns, of each step after which more replicas were wanted than there were, when there were enough."""
+    """Returns, of each step after which more replicas were wanted than there were, when there were enough.
+
+    Enough are as many as were wanted at most; where fewer are wanted before those are ready, as many as then are.
+    A step of which nothing is known has None for all.
+    """
     reached = []
+    known = list(_wishes(name, samples))
     for begin, end in pairwise([*rises, math.inf]):
-        behind = [sample for sample in samples if sample.second >= begin]
-        window = [sample for sample in behind if sample.second < end]
-        wanted = _most(name, window, "desired")
-        if wanted is None or (ready := _value(window[0], name, "ready")) is None or wanted <= ready:
+        behind = [wish for wish in known if wish[0] >= begin]
+        within = [wish for wish in behind if wish[0] < end]
+        if not within:
+            reached.append({"second": begin, **dict.fromkeys(("from", "to", "desired_s", "enough_s"))})
             continue
+        had, most = within[0][2], max(desired for _, desired, _ in within)
+        if most <= had:
+            continue
+        wanted = next(second for second, desired, _ in within if desired == most)
+        enough = (second for second, desired, ready in behind if second >= wanted and ready >= desired)
+        at = next(enough, None)
         reached.append(
             {
                 "second": begin,
-                "from": ready,
-                "to": wanted,
-                "desired_s": _since(name, behind, "desired", wanted, begin),
-                "enough_s": _since(name, behind, "ready", wanted, begin),
+                "from": had,
+                "to": most,
+                "desired_s": wanted - begin,
+                "enough_s": None if at is None else at - begin,
             }
         )
     return reached
+
+
+def _wishes(name: str, samples: Sequence[Sample]) -> Iterator[tuple[float, float, float]]:
+    """Yields when how many replicas were desired and ready, where both are known."""
+    for sample in samples:
+        desired, ready = (_value(sample, name, what) for what in ("desired", "ready"))
+        if desired is not None and ready is not None:
+            yield sample.second, desired, ready
+
+
+def _slowest(name: str, samples: Sequence[Sample], reached: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns how long the slowest step took; 0 where never more was wanted than there was."""
+    if reached:
+        return _latest([step["enough_s"] for step in reached])
+    return None if next(_wishes(name, samples), None) is None else 0.0
 
 
 def _surplus(
@@ -271,11 +277,6 @@ def _back(name: str, bounds: Bounds, samples: Sequence[Sample], last: float, cou
         elif since is None:
             since = sample.second - last
     return since
-
-
-def _since(name: str, samples: Sequence[Sample], what: str, goal: float, begin: float) -> float | None:
-    reached = (sample.second - begin for sample in samples if (_value(sample, name, what) or 0.0) >= goal)
-    return next(reached, None)
 
 
 def _most(name: str, samples: Sequence[Sample], what: str) -> float | None:

@@ -15,7 +15,7 @@ from kubernetes import watch
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from florence2_loadtest.cluster.api import CONNECT_S, READ_S, Api, explain, read_json
+from florence2_loadtest.cluster.api import CONNECT_S, READ_S, Api, explain, is_forbidden, read_json
 from florence2_loadtest.cluster.service import Service
 
 NAMESPACE = "knative-serving"
@@ -45,11 +45,18 @@ class PanicWatch:
         service: The service.
         on_note: Called where the log can't be read.
         autoscaler: Namespace of the autoscaler.
+        look_s: Time between looks for pods of the autoscaler.
     """
 
     def __init__(
-        self, api: Api, service: Service, on_note: Callable[[str], None], autoscaler: str = NAMESPACE
+        self,
+        api: Api,
+        service: Service,
+        on_note: Callable[[str], None],
+        autoscaler: str = NAMESPACE,
+        look_s: float = _LOOK_S,
     ) -> None:
+        self._look_s = look_s
         self._api, self._autoscaler, self._on_note = api, autoscaler, on_note
         self._since = service.created
         # A revision is named after its component and a number.
@@ -57,6 +64,7 @@ class PanicWatch:
         self._keys = {name: re.compile(rf"{prefix}-{re.escape(name)}-\d+") for name in service.bounds}
         self._panicking: dict[str, set[str]] = {name: set() for name in service.bounds}
         self._is_known = False
+        self._said = ""
         self._followed: dict[str, watch.Watch] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="panic", daemon=True)
@@ -84,13 +92,18 @@ class PanicWatch:
                             self._take(line)
                         self._followed[pod] = watch.Watch()
                         threading.Thread(target=self._follow, args=(pod,), daemon=True).start()
-                self._is_known = True
-            except (ApiException, HTTPError, OSError, ValueError) as error:
+                self._is_known, self._said = True, ""
+            except Exception as error:  # whatever it is: what was read last would seem to go on
                 self._is_known = False
-                self._on_note(f"whether the autoscaler panics isn't known: its log can't be read: {explain(error)}")
-                if isinstance(error, ApiException):  # it won't be allowed later either
+                self._complain(explain(error))
+                if is_forbidden(error):
                     return
-            self._stopped.wait(_LOOK_S)
+            self._stopped.wait(self._look_s)
+
+    def _complain(self, why: str) -> None:
+        if why != self._said:
+            self._said = why
+            self._on_note(f"whether the autoscaler panics isn't known: its log can't be read: {why}")
 
     def _pods(self) -> list[str]:
         pods = read_json(
@@ -125,12 +138,14 @@ class PanicWatch:
             since_seconds=1,  # some lines twice rather than one never: they say a state
             _request_timeout=(CONNECT_S, _QUIET_S),
         )
-        with suppress(ApiException, HTTPError, OSError):
-            for line in lines:
-                if self._stopped.is_set():
-                    return
-                self._take(line)
-        self._followed.pop(pod, None)  # it is looked for again, and with it what was missed
+        try:
+            with suppress(ApiException, HTTPError, OSError):
+                for line in lines:
+                    if self._stopped.is_set():
+                        return
+                    self._take(line)
+        finally:
+            self._followed.pop(pod, None)  # it is looked for again, and with it what was missed
 
     def _take(self, line: str) -> None:
         if (said := read_line(line)) is None:

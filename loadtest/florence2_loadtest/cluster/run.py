@@ -12,17 +12,20 @@ from pathlib import Path
 from florence2_loadtest.cluster.api import Api, ClusterError
 from florence2_loadtest.cluster.expectations import Expectation, problems
 from florence2_loadtest.cluster.findings import find, statuses_per_second, with_first_answer
+from florence2_loadtest.cluster.interruption import Interrupted, Signals
 from florence2_loadtest.cluster.panic import NAMESPACE
 from florence2_loadtest.cluster.sampler import Sampler, find_service
-from florence2_loadtest.cluster.service import Service
+from florence2_loadtest.cluster.service import KNATIVE, STANDARD, Service
 from florence2_loadtest.generator import Measured, run_open
-from florence2_loadtest.results import AutoscaleResult, Record, Target
+from florence2_loadtest.results import AutoscaleResult, Generator, Record, Target
 from florence2_loadtest.scenario import OpenLoad, Scenario
-from florence2_loadtest.schedules import parse_schedule
-from florence2_loadtest.summary import summarise
+from florence2_loadtest.schedules import Schedule, parse_schedule
+from florence2_loadtest.summary import slos_of, summarise
 from florence2_loadtest.transport import open_transport
-from florence2_loadtest.workload import build_workload
+from florence2_loadtest.workload import Workload, build_workload
 
+# By mode. An HPA looks back for 300 s before it takes a replica away, and then may take one at a time.
+WAIT_AFTER_S = {KNATIVE: 300.0, STANDARD: 900.0}
 _LOOK_S = 0.5
 _SAMPLES_S = 10.0  # until the first samples of all components have to be there
 _SETTLED_S = 1.0  # samples of how it was before, and stays
@@ -44,7 +47,8 @@ class Plan:
         autoscaler: Namespace of Knative's autoscaler.
         wait_ready_s: How long the service may take to be ready.
         wait_before_s: How long it may take to shrink to its fewest replicas before the load; 0 doesn't wait.
-        wait_after_s: The same after the load.
+        wait_after_s: The same after the load; None: `WAIT_AFTER_S` of the service's mode.
+        keep_alive: Whether connections are kept; None: unless new pods would then never be reached.
         expectations: What has to be true of the findings.
     """
 
@@ -59,7 +63,8 @@ class Plan:
     autoscaler: str = NAMESPACE
     wait_ready_s: float = 600.0
     wait_before_s: float = 180.0
-    wait_after_s: float = 300.0
+    wait_after_s: float | None = None
+    keep_alive: bool | None = None
     expectations: Sequence[Expectation] = ()
 
 
@@ -78,6 +83,7 @@ async def watch_scaling(
 
     Raises:
         ClusterError: If the service isn't there, or isn't ready in time.
+        Interrupted: If a signal ended it; has what there was by then.
         ValueError: If the scenario has no schedule, or the URL doesn't fit its protocol.
     """
     load = plan.scenario.load
@@ -86,11 +92,30 @@ async def watch_scaling(
     schedule = parse_schedule(load.schedule, plan.scenario.seed)
     say(f"{plan.scenario.name}: {len(schedule.starts)} requests in {schedule.seconds:g} s")
     workload = build_workload(plan.scenario, plan.model_name)
+    signals = Signals()
+    try:
+        with signals.cancel(_this_task()):
+            return await _watch(api, plan, load, schedule, workload, signals, say)
+    except asyncio.CancelledError:
+        if signals.code is None:
+            raise
+        raise Interrupted(signals.code) from None
+
+
+async def _watch(
+    api: Api,
+    plan: Plan,
+    load: OpenLoad,
+    schedule: Schedule,
+    workload: Workload,
+    signals: Signals,
+    say: Callable[[str], None],
+) -> tuple[AutoscaleResult, list[Record]]:
     service = await _ready_service(api, plan, say)
     target = Target(
         url=plan.url or service.local_url(plan.scenario.protocol),
         protocol=plan.scenario.protocol,
-        keep_alive=plan.scenario.keep_alive,
+        keep_alive=keeps_alive(plan, service),
         model_name=plan.model_name,
         model=None,  # asking for it would wake the service
         note=f"inferenceservice {service.namespace}/{service.name}",
@@ -104,6 +129,8 @@ async def watch_scaling(
         began_from_fewest = await _shrink(sampler, plan.wait_before_s, "at the fewest replicas", say)
         await asyncio.sleep(_SETTLED_S)
         origin: float | None = None
+        done: list[Record] = []
+        measured: Measured | None = None
 
         async def mark() -> None:
             nonlocal origin
@@ -111,39 +138,74 @@ async def watch_scaling(
                 origin = time.monotonic()
                 sampler.note("the load begins")
 
-        measured = await run_open(
-            transport, workload, schedule, plan.scenario.timeout_s, plan.scenario.retries, load.grace_s,
-            max_in_flight=load.max_in_flight, mark=mark,
-        )  # fmt: skip
-        sampler.note("the load is over")
-        await _shrink(sampler, plan.wait_after_s, "back at the fewest replicas", say)
-        await asyncio.sleep(_SETTLED_S)
+        try:
+            measured = await run_open(
+                transport, workload, schedule, plan.scenario.timeout_s, plan.scenario.retries, load.grace_s,
+                done.append, max_in_flight=load.max_in_flight, mark=mark,
+            )  # fmt: skip
+            sampler.note("the load is over")
+            wait_s = WAIT_AFTER_S[service.mode] if plan.wait_after_s is None else plan.wait_after_s
+            await _shrink(sampler, wait_s, "back at the fewest replicas", say)
+            await asyncio.sleep(_SETTLED_S)
+        except asyncio.CancelledError:
+            if signals.code is None or origin is None:
+                raise
+            _this_task().uncancel()
+            sampler.note("ended by a signal")
     assert origin is not None
-    result = _result(service, target, plan, sampler, measured, origin)
+    if measured is None:
+        done.sort(key=lambda record: record.index)
+        measured = Measured("open", done, time.monotonic() - origin, Generator(), rate=schedule.rate)
+    result = _result(service, target, plan, schedule, sampler, measured, origin)
     if plan.wait_before_s and not began_from_fewest:
         result.problems.insert(0, "the load began while there were more than the fewest replicas")
+    if signals.code is not None:
+        result.problems.insert(0, "ended by a signal: only requests that were done by then are there")
+        raise Interrupted(signals.code, (result, measured.records))
     return result, measured.records
 
 
 async def _ready_service(api: Api, plan: Plan, say: Callable[[str], None]) -> Service:
-    """Waits until the service says that it is ready.
+    """Waits until the service says that it is ready; it may not be there yet, nor the API answer.
 
     Raises:
-        ClusterError: If it doesn't.
+        ClusterError: If it doesn't, or may not be asked.
     """
-    end, is_said = time.monotonic() + plan.wait_ready_s, False
+    end, said = time.monotonic() + plan.wait_ready_s, ""
     while True:
-        service = await asyncio.to_thread(find_service, api, plan.name, plan.namespace)
-        if service.is_ready:
-            return service
+        try:
+            service = await asyncio.to_thread(find_service, api, plan.name, plan.namespace)
+            if service.is_ready:
+                return service
+            why = f"inferenceservice {plan.namespace}/{plan.name} isn't ready"
+        except ClusterError as error:
+            if error.is_forbidden:
+                raise
+            why = str(error)
         if time.monotonic() >= end:
-            raise ClusterError(
-                f"inferenceservice {plan.namespace}/{plan.name} isn't ready, after {plan.wait_ready_s:g} s"
-            )
-        if not is_said:
-            say(f"waiting for inferenceservice {plan.namespace}/{plan.name} to be ready")
-            is_said = True
+            raise ClusterError(f"{why}, after {plan.wait_ready_s:g} s")
+        if why != said:
+            say(f"waiting: {why}")
+            said = why
         await asyncio.sleep(2 * _LOOK_S)
+
+
+def keeps_alive(plan: Plan, service: Service) -> bool:
+    """Returns whether connections are kept.
+
+    In Standard mode the address inside the cluster is a ClusterIP, which chooses a pod for each connection, not for
+    each request.
+    """
+    if plan.keep_alive is not None:
+        return plan.keep_alive
+    is_balanced_by_connection = plan.url is None and service.mode == STANDARD and plan.scenario.protocol == "rest"
+    return plan.scenario.keep_alive and not is_balanced_by_connection
+
+
+def _this_task() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def _shrink(sampler: Sampler, seconds: float, there: str, say: Callable[[str], None]) -> bool:
@@ -178,10 +240,16 @@ def _is_seen(sampler: Sampler) -> bool:
 
 
 def _result(
-    service: Service, target: Target, plan: Plan, sampler: Sampler, measured: Measured, origin: float
+    service: Service,
+    target: Target,
+    plan: Plan,
+    schedule: Schedule,
+    sampler: Sampler,
+    measured: Measured,
+    origin: float,
 ) -> AutoscaleResult:
     samples, pods = sampler.samples(origin), sampler.pods(origin)
-    findings = find(service.bounds, samples, pods, measured.records)
+    findings = find(service.bounds, samples, pods, measured.records, schedule.rises)
     rises = [
         (step["second"], f"step to {step['rate']:.3g} requests/s") for step in findings["steps"] if step["second"]
     ]
@@ -190,9 +258,7 @@ def _result(
         scenario=plan.scenario.model_dump(mode="json"),
         target=target,
         deployment_mode=service.mode,
-        level=summarise(
-            plan.scenario.name, measured, {item.task: item.slo for item in plan.scenario.mix if item.slo is not None}
-        ),
+        level=summarise(plan.scenario.name, measured, slos_of(plan.scenario)),
         samples=samples,
         pods=with_first_answer(pods, measured.records),
         notes=sorted([*sampler.notes(origin), *rises]),

@@ -9,7 +9,17 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from florence2_loadtest.cluster.api import CONNECT_S, READ_S, Api, ClusterError, Mirror, Object, explain, read_json
+from florence2_loadtest.cluster.api import (
+    CONNECT_S,
+    READ_S,
+    Api,
+    ClusterError,
+    Mirror,
+    Object,
+    explain,
+    is_forbidden,
+    read_json,
+)
 from florence2_loadtest.cluster.panic import NAMESPACE, PanicWatch
 from florence2_loadtest.cluster.pods import COMPONENT_LABEL, SERVICE_LABEL, PodLog, state
 from florence2_loadtest.cluster.scalers import SERVICE_LABEL as KNATIVE_SERVICE_LABEL
@@ -42,7 +52,8 @@ def find_service(api: Api, name: str, namespace: str) -> Service:
             )
         )  # fmt: skip
     except Exception as error:  # of the API, of its connection, of what it says: all the same to who asked
-        raise ClusterError(f"inferenceservice {namespace}/{name}: {explain(error)}") from None
+        message = f"inferenceservice {namespace}/{name}: {explain(error)}"
+        raise ClusterError(message, is_forbidden=is_forbidden(error)) from None
 
 
 class Sampler:

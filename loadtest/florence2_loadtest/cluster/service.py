@@ -13,6 +13,9 @@ KNATIVE, STANDARD = "Knative", "Standard"
 
 _MODES = {"Knative": KNATIVE, "Serverless": KNATIVE, "Standard": STANDARD, "RawDeployment": STANDARD}
 _MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
+_UTILIZATION = "autoscaling.knative.dev/target-utilization-percentage"
+# Knative's own defaults; a cluster's config-autoscaler, which we don't read, may have others.
+_UTILIZATION_PERCENT, _CONCURRENCY = 70.0, 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class Bounds:
     Attributes:
         fewest: Replicas at least.
         most: Replicas at most; None: no limit.
-        target: Requests in flight that one replica is meant for; None where something else decides.
+        target: Requests in flight at which the autoscaler keeps a replica; None where something else decides.
     """
 
     fewest: int = 1
@@ -71,15 +74,26 @@ def read_service(item: Mapping[str, Any]) -> Service:
         is_ready=conditions.get("Ready") == "True",
         host=status.get("url", "").partition("://")[2].rstrip("/"),
         created=read_time(metadata.get("creationTimestamp")),
-        bounds={name: _bounds(spec[name], mode) for name in COMPONENTS if name in spec},
+        bounds={
+            name: _bounds(spec[name], mode, {**metadata.get("annotations", {}), **spec[name].get("annotations", {})})
+            for name in COMPONENTS
+            if name in spec
+        },
     )
 
 
-def _bounds(component: Mapping[str, Any], mode: str) -> Bounds:
+def _bounds(component: Mapping[str, Any], mode: str, annotations: Mapping[str, str]) -> Bounds:
     by_concurrency = mode == KNATIVE and component.get("scaleMetric", "concurrency") == "concurrency"
-    target = component.get("scaleTarget") if by_concurrency else None
     return Bounds(
         fewest=int(component.get("minReplicas", 1)),
         most=int(component.get("maxReplicas", 0)) or None,
-        target=float(target) if target else None,
+        target=_target(component, annotations) if by_concurrency else None,
     )
+
+
+def _target(component: Mapping[str, Any], annotations: Mapping[str, str]) -> float:
+    """Returns at how many requests in flight Knative keeps a replica: a share of what it may have."""
+    limit = float(component.get("containerConcurrency") or 0)  # 0: none
+    wanted = float(component.get("scaleTarget") or 0) or limit or _CONCURRENCY
+    share = float(annotations.get(_UTILIZATION, _UTILIZATION_PERCENT)) / 100
+    return max(1.0, (min(wanted, limit) if limit else wanted) * share)

@@ -11,15 +11,19 @@ from florence2_loadtest.pages.common import facts_of, warnings_of
 from florence2_loadtest.pages.document import Headline, Mark, Part, Row, Table, section
 from florence2_loadtest.plots.sweep import TOP, concurrency_plot, effects_plot, top_plot, trade_plot
 from florence2_loadtest.results import SweepResult, Trial
+from florence2_loadtest.sweep.confirmation import searched
 from florence2_loadtest.trials import (
     best_trial,
+    decision_of,
     default_trial,
     gain,
     label,
-    noise_of,
     ranked,
     representative,
+    slo_of,
     unit_of,
+    unsettled,
+    verdict,
 )
 
 _MOST_ROWS = 40
@@ -76,51 +80,63 @@ def _model(result: SweepResult) -> str | None:
 def _verdict(result: SweepResult) -> str:
     best, default = best_trial(result), default_trial(result)
     if best is None or best.score is None:
-        return f"None of {len(result.trials)} trials can be recommended."
-    said = f"Recommended: {label(best, result)}, with {result.objective} {digits(best.score)} {unit_of(result)}"
+        return verdict(result)
     if default is best:
-        return f"The defaults are the best of {len(result.trials)} trials, with {result.objective} " + (
-            f"{digits(best.score)} {unit_of(result)}."
-        )
-    if (times := gain(best, default)) is not None:
-        said += f", {ratio(times)} the default's"
-    return said + "."
+        return f"Recommended: the defaults. {verdict(result)}"
+    return f"Recommended: {label(best, result)}. {verdict(result)}"
 
 
 def _headlines(result: SweepResult) -> list[Headline]:
-    best, default = best_trial(result), default_trial(result)
+    best = best_trial(result)
     figures = []
     if best is not None and best.score is not None:
-        figures.append(Headline(_score(best, result), f"{result.objective}, best", f"trial {best.number}"))
-        if (times := gain(best, default)) is not None:
-            figures.append(Headline(ratio(times), "of the default's", _score(default, result) if default else ""))
+        made = decision_of(result)
+        # The figures that decided, rather than the first one, for which it was chosen.
+        again = (made.score if best is made.candidate else made.default) if made.repeats else None
+        figures.append(
+            Headline(
+                _figure(again or best.score, result),
+                f"{result.objective}, recommended",
+                f"trial {best.number}" + (", measured again" if again else ""),
+            )
+        )
+        if made.is_better and made.score and made.default:
+            figures.append(Headline(ratio(made.score / made.default), "of the default's", "measured again"))
         if (level := representative(best, result)) is not None and result.direction == "maximize":
             figures.append(Headline(seconds(level.latency.p95_s), "95 % within", level.name))
-    failed = sum(trial.state == "failed" for trial in result.trials)
-    figures.append(Headline(count(len(result.trials)), "configurations", f"{failed} failed" if failed else ""))
+    failed = _failed(result)
+    figures.append(Headline(count(_configurations(result)), "configurations", f"{failed} failed" if failed else ""))
     return figures
 
 
 def _score(trial: Trial, result: SweepResult) -> str:
-    if trial.score is None:
-        return NOTHING
-    return f"{digits(trial.score)}/s" if result.direction == "maximize" else seconds(trial.score)
+    return NOTHING if trial.score is None else _figure(trial.score, result)
+
+
+def _figure(score: float, result: SweepResult) -> str:
+    return f"{digits(score)}/s" if result.direction == "maximize" else seconds(score)
 
 
 def _doubts(result: SweepResult) -> list[str]:
     said = []
-    best, default, differs = best_trial(result), default_trial(result), noise_of(result)
-    if failed := sum(trial.state == "failed" for trial in result.trials):
-        said.append(f"{failed} of {len(result.trials)} configurations failed; see the last table.")
+    best, default = best_trial(result), default_trial(result)
+    if failed := _failed(result):
+        said.append(f"{failed} of {_configurations(result)} configurations failed; see the last table.")
     if default is None:
         said.append("The defaults weren't measured, so that nothing says what tuning gains.")
-    if differs is not None:
-        times = gain(best, default) if best is not None and best is not default else None
-        said.append(
-            f"The defaults, measured first and last, differ by {digits(100 * differs, 2)} %"
-            + (": the best gains no more over them." if times and abs(times - 1) <= differs else ".")
-        )
+    elif best is not None and best is not default and not decision_of(result).repeats:
+        said.append("The best were not measured again: what looks like a gain may be chance.")
+    if numbers := [str(trial.number) for trial in unsettled(result)]:
+        said.append(f"Trials that never settled, so that their figures are rough: {', '.join(numbers)}.")
     return said
+
+
+def _configurations(result: SweepResult) -> int:
+    return len({repr(trial.settings) for trial in searched(result.trials)})
+
+
+def _failed(result: SweepResult) -> int:
+    return len({repr(trial.settings) for trial in searched(result.trials) if trial.state == "failed"})
 
 
 def top_table(result: SweepResult) -> Table | None:
@@ -166,12 +182,7 @@ def left_out_table(result: SweepResult) -> Table | None:
         if trial.state == "failed":
             why = "failed: " + _last_line(trial.error)
         elif trial.admissible is False:
-            level = representative(trial, result)
-            why = "missed " + (result.constraint or "the constraint")
-            why += f" (95 % within {seconds(level.latency.p95_s)})" if level else ""
-            why += (
-                f", {count(level.failed + level.unsent)} not answered" if level and level.failed + level.unsent else ""
-            )
+            why = "; ".join(_faults(trial, result))
         else:
             continue
         rows.append(Row([str(trial.number), label(trial, result), _score(trial, result), why]))
@@ -184,6 +195,18 @@ def left_out_table(result: SweepResult) -> Table | None:
         text=frozenset({0, 1, 3}),
         note=f"{len(rows) - _MOST_ROWS} more aren't shown." if len(rows) > _MOST_ROWS else "",
     )
+
+
+def _faults(trial: Trial, result: SweepResult) -> list[str]:
+    limit = slo_of(result)
+    answered = [level for level in trial.levels if level.answered]
+    slow = [level for level in answered if limit is not None and not limit.is_met(level.latency)]
+    lost = sum(level.failed + level.unsent for level in trial.levels)
+    limited = [level.generator.bottleneck for level in trial.levels if level.generator.bottleneck is not None]
+    faults = [f"missed {result.constraint} (95 % within {seconds(slow[0].latency.p95_s)})"] if slow else []
+    faults += [f"{count(lost)} not answered"] if lost else []
+    faults += [f"limited by the load generator: {limited[0]}"] if limited else []
+    return faults
 
 
 def _last_line(error: str | None) -> str:

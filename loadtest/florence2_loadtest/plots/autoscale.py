@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ def timeline_plot(result: AutoscaleResult) -> Plot:
     """Replicas ready, desired and pending over the request rate, with statuses and what happened when."""
     components = _components(result)
     most = "; ".join(
-        f"{component}: up to {formats.count(max(_series(result, component, 'ready'), default=0))} ready, "
-        f"{formats.count(max(_series(result, component, 'desired'), default=0))} desired"
+        f"{component}: up to {formats.count(_most(_series(result, component, 'ready')))} ready, "
+        f"{formats.count(_most(_series(result, component, 'desired')))} desired"
         for component in components
     )
     events = ", ".join(f"{text} at {second:.0f} s" for second, text in result.notes)
@@ -57,7 +58,13 @@ def _components(result: AutoscaleResult) -> list[str]:
 
 
 def _series(result: AutoscaleResult, component: str, name: str) -> list[float]:
-    return [sample.components.get(component, {}).get(name) or 0.0 for sample in result.samples]
+    """Returns what was sampled; NaN, which is a gap, where nobody told."""
+    values = [sample.components.get(component, {}).get(name) for sample in result.samples]
+    return [math.nan if value is None else value for value in values]
+
+
+def _most(values: Sequence[float]) -> float:
+    return max((value for value in values if not math.isnan(value)), default=0.0)
 
 
 def _statuses(result: AutoscaleResult) -> list[str]:
@@ -99,9 +106,9 @@ def _draw_timeline(
 
 def _draw_replicas(axes: Axes, result: AutoscaleResult, component: str) -> None:
     xs = [sample.second for sample in result.samples]
-    ready, pending, leaving = (_series(result, component, name) for name in ("ready", "pending", "terminating"))
-    wanted = [sample.components.get(component, {}).get("desired") for sample in result.samples]
-    desired = [float("nan") if value is None else value for value in wanted]  # a gap where nobody told
+    ready, pending, leaving, desired = (
+        _series(result, component, name) for name in ("ready", "pending", "terminating", "desired")
+    )
     if xs:  # the last sample lasts as long as the others
         xs = [*xs, xs[-1] + 1]
         ready, desired, pending, leaving = ([*ys, ys[-1]] for ys in (ready, desired, pending, leaving))
@@ -110,10 +117,10 @@ def _draw_replicas(axes: Axes, result: AutoscaleResult, component: str) -> None:
     axes.fill_between(
         xs, ready, stacked, step="post", facecolor="none", edgecolor=ORANGE, hatch="////", linewidth=0, label="pending"
     )
-    if any(leaving):
+    if _most(leaving):
         axes.step(xs, leaving, where="post", color=BROWN, linewidth=1.2, linestyle=":", label="terminating")
     axes.step(xs, desired, where="post", color=INK, linewidth=1.2, label="desired")
-    top = max([1.0, *stacked, *(value for value in wanted if value is not None)])
+    top = max(1.0, _most(stacked), _most(desired))
     axes.set_ylim(0, 1.3 * top)
     style.whole_numbers(axes, most=4)
     axes.set_title(component)

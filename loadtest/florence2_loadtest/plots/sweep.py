@@ -15,6 +15,7 @@ from florence2_loadtest.plots import style
 from florence2_loadtest.plots.run import load_of
 from florence2_loadtest.plots.style import BLUE, GREEN, GREY, INK, MUTED, ORANGE, SKY, Plot
 from florence2_loadtest.results import Level, SweepResult, Trial
+from florence2_loadtest.sweep.confirmation import searched
 from florence2_loadtest.trials import (
     default_trial,
     label,
@@ -81,7 +82,7 @@ def _write_settings(axes: Axes, names: Sequence[str], shown: Sequence[Trial]) ->
 
 def effects_plot(result: SweepResult) -> Plot | None:
     """The objective by each parameter's value, whatever the others were."""
-    scored = [trial for trial in result.trials if trial.score is not None]
+    scored = [trial for trial in searched(result.trials) if trial.score is not None]
     values = {name: _values(name, result, scored) for name in result.space}
     varied = {name: found for name, found in values.items() if len(found) > 1}
     if not varied:
@@ -138,7 +139,9 @@ def _value(value: Any) -> str:
 
 def trade_plot(result: SweepResult) -> Plot | None:
     """Throughput against latency of every trial, and those that no other beats in both."""
-    points = [(trial, level) for trial in result.trials if (level := representative(trial, result)) is not None]
+    points = [
+        (trial, level) for trial in searched(result.trials) if (level := representative(trial, result)) is not None
+    ]
     if not points:
         return None
     admissible = sum(trial.admissible is not False for trial, _ in points)

@@ -13,6 +13,8 @@ import orjson
 
 from florence2_loadtest.results import Trial
 
+_MOST_NAMED = 6
+
 
 class CheckpointError(Exception):
     """The file can't be gone on with."""
@@ -81,12 +83,14 @@ class Checkpoint:
             raise CheckpointError(f"{self._path}: no checkpoint of a sweep: {error}") from None
 
     def _check(self, fingerprint: Mapping[str, Any]) -> None:
-        names = dict.fromkeys([*self._fingerprint, *fingerprint])
-        if other := [name for name in names if fingerprint.get(name) != self._fingerprint.get(name)]:
-            was, now = (_brief(of.get(other[0])) for of in (fingerprint, self._fingerprint))
+        was, now = _flat(fingerprint), _flat(self._fingerprint)
+        differing = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+        if differing:
+            named = ", ".join(differing[:_MOST_NAMED]) + (", …" if len(differing) > _MOST_NAMED else "")
+            first = differing[0]
             raise CheckpointError(
-                f"{self._path} is another sweep's, with another {', '.join(other)} ({other[0]} was {was}, is {now}): "
-                "name another --output, or delete that file"
+                f"{self._path} is another sweep's, with another {named} ({first} was {_brief(was.get(first))}, is "
+                f"{_brief(now.get(first))}): name another --output, or delete that file"
             )
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -95,6 +99,16 @@ class Checkpoint:
         os.fsync(self._file.fileno())
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns what is in mappings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _brief(value: Any) -> str:
+    if value is None:
+        return "unset"
     text = orjson.dumps(value).decode()
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -78,6 +78,17 @@ def sweep(
     concurrency: Annotated[
         str | None, typer.Option(help="In place of the scenario's load: 36, or FROM:TO:STEP such as 12:60:12.")
     ] = None,
+    confirm: Annotated[
+        int,
+        typer.Option(
+            help="How often the three best and the defaults are measured again, which decides: 2 or more; "
+            "0: not at all, and no gain is claimed.",
+            min=0,
+        ),
+    ] = 2,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Measure again what failed in an earlier run.")
+    ] = False,
     start_seconds: Annotated[float, typer.Option(help="Time in which a server has to be ready.", min=1)] = 300,
     answer_tokens: Annotated[
         int, typer.Option(help="Length of the answers that the transformer alone gets.", min=3)
@@ -95,6 +106,8 @@ def sweep(
     from florence2_loadtest.slo import parse_slo
     from florence2_loadtest.sweep import outcome
     from florence2_loadtest.sweep.checkpoint import Checkpoint, CheckpointError
+    from florence2_loadtest.sweep.confirmation import FEWEST_REPEATS
+    from florence2_loadtest.sweep.fingerprint import fingerprint
     from florence2_loadtest.sweep.loop import Budget, Sweep
     from florence2_loadtest.sweep.objective import read_objective
     from florence2_loadtest.sweep.search import Grid
@@ -102,6 +115,8 @@ def sweep(
 
     half: Half = target.value
     try:
+        if 0 < confirm < FEWEST_REPEATS:
+            raise ValueError("--confirm 1 would tell nothing of how much figures vary: 2 or more, or 0")
         chosen = _read_space(param, space, grid, half)
         settings = _read_fixed(fixed, chosen, half)
         load = _read_load(scenario, concurrency)
@@ -115,11 +130,21 @@ def sweep(
     for note in chosen.notes:
         typer.echo(note)
     if isinstance(way, Grid):
-        typer.echo(f"{len(way)} configurations, and the defaults at both ends")
+        typer.echo(f"{len(way)} configurations, the defaults at both ends, and the best again")
     say = typer.echo if verbose else _say_nothing
     bench = Bench(load, workload, half, start_s=start_seconds, answer_tokens=answer_tokens, say=say)
-    loop = Sweep(list(chosen.parameters), way, goal, bench.measure, settings, Budget(trials, minutes), say=typer.echo)
-    mark = outcome.fingerprint(chosen, load, half, settings, answer_tokens=answer_tokens)
+    loop = Sweep(
+        list(chosen.parameters),
+        way,
+        goal,
+        bench.measure,
+        settings,
+        Budget(trials, minutes),
+        confirm,
+        retry_failed,
+        say=typer.echo,
+    )
+    mark = fingerprint(chosen, load, half, settings, answer_tokens=answer_tokens)
     interrupted = False
     try:
         with Checkpoint(output / outcome.CHECKPOINT, mark) as checkpoint:
@@ -132,8 +157,9 @@ def sweep(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(ExitCode.FAILED) from None
     result = outcome.make_result(finished, chosen, load, half, goal, constraint)
+    written = outcome.write(result, output)
     outcome.show(result, goal, Console())
-    for path in outcome.write(result, output):
+    for path in written:
         typer.echo(f"wrote {path}")
     if interrupted:
         typer.echo("interrupted: the same command goes on from here", err=True)

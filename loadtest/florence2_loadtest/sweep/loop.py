@@ -1,4 +1,4 @@
-"""The sweep itself: the defaults, the search's configurations, and the defaults again."""
+"""The sweep itself: the defaults, the search's configurations, the defaults again, and the best again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from florence2_loadtest.masking import hide, masked
 from florence2_loadtest.results import Level, Trial
+from florence2_loadtest.sweep.confirmation import confirmations, references, searched, to_confirm
 from florence2_loadtest.sweep.objective import Objective
 from florence2_loadtest.sweep.search import Search
 from florence2_loadtest.sweep.values import figures
@@ -33,7 +35,7 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """When to stop; the defaults at both ends come on top.
+    """When to stop; the defaults at both ends come on top, as does what is measured again.
 
     Attributes:
         trials: Most configurations.
@@ -59,8 +61,11 @@ class Sweep:
         search: Which configuration comes next.
         objective: What trials are judged by.
         measure: Measures settings in fresh servers; raises TrialFailed.
-        fixed: Settings of all trials; alone, they are the defaults that others are compared with.
+        fixed: Settings of all trials; alone, they are the defaults that others are compared with. Secrets among them
+            go to the servers and are noted nowhere.
         budget: When to stop.
+        confirm: How often the best and the defaults are measured again.
+        retry_failed: Whether to measure again what failed before.
         say: Tells of progress.
     """
 
@@ -70,39 +75,66 @@ class Sweep:
     measure: Measure
     fixed: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
+    confirm: int = 0
+    retry_failed: bool = False
     say: Callable[[str], None] = print
 
     def run(self, ledger: Ledger) -> None:
         """Goes on where `ledger` ends, until the search or the budget does."""
         for trial in ledger.trials:
             judge(trial, self.objective)
+        for trial in searched(ledger.trials):
             if not self._is_reference(trial):
-                self.search.tell({name: trial.settings[name] for name in self.names}, trial)
+                self.search.tell(self._configuration(trial), trial)
         if ledger.trials:
             self.say(f"going on after {len(ledger.trials)} trials")
+            self._retry(ledger)
         else:
             self._try(ledger, {})
         while self._may_go_on(ledger) and (configuration := self.search.next()) is not None:
             self.search.tell(configuration, self._try(ledger, configuration))
-        if not self._is_reference(ledger.trials[-1]):
+        if not self._is_reference(searched(ledger.trials)[-1]):
             self._try(ledger, {})
+        for trial in to_confirm(ledger.trials, self.names, self.objective, self.confirm):
+            self._try(ledger, self._configuration(trial), confirms=trial.number)
+
+    def _retry(self, ledger: Ledger) -> None:
+        if not self.retry_failed:
+            return
+        again = confirmations(ledger.trials)
+        trials = without_retried(searched(ledger.trials), self.names)
+        if (defaults := references(trials, self.names)) and all(trial.state == "failed" for trial in defaults):
+            self._try(ledger, {})
+        for trial in trials:
+            if trial.state == "failed" and not self._is_reference(trial):
+                configuration = self._configuration(trial)
+                self.search.tell(configuration, self._try(ledger, configuration))
+        if any(trial.state == "failed" for trial in again):
+            self._try(ledger, {})  # after which all are measured again once more, in turn
 
     def _may_go_on(self, ledger: Ledger) -> bool:
-        searched = [trial for trial in ledger.trials if not self._is_reference(trial)]
-        return self.budget.allows_another(len(searched), sum(trial.seconds for trial in ledger.trials))
+        trials = searched(ledger.trials)
+        configurations = [trial for trial in without_retried(trials, self.names) if not self._is_reference(trial)]
+        return self.budget.allows_another(len(configurations), sum(trial.seconds for trial in trials))
 
     def _is_reference(self, trial: Trial) -> bool:
         return trial.settings.keys().isdisjoint(self.names)
 
-    def _try(self, ledger: Ledger, configuration: Mapping[str, Any]) -> Trial:
-        trial = Trial.model_validate({"number": len(ledger.trials), "settings": {**self.fixed, **configuration}})
+    def _configuration(self, trial: Trial) -> dict[str, Any]:
+        return {name: trial.settings[name] for name in self.names if name in trial.settings}
+
+    def _try(self, ledger: Ledger, configuration: Mapping[str, Any], confirms: int | None = None) -> Trial:
+        settings = {**self.fixed, **configuration}
+        trial = Trial.model_validate(
+            {"number": len(ledger.trials), "settings": masked(settings), "confirms": confirms}
+        )
         began = time.monotonic()
         try:
-            trial.levels = list(self.measure(trial.settings))
+            trial.levels = list(self.measure(settings))
         except Exception as error:  # whatever it is, other configurations may do better
             trial.state = "failed"
             what = str(error) if isinstance(error, TrialFailed) else f"{type(error).__name__}: {error}"
-            trial.error = what[-_MOST_OF_AN_ERROR:]
+            trial.error = hide(what, settings)[-_MOST_OF_AN_ERROR:]
         trial.seconds = time.monotonic() - began
         judge(trial, self.objective)
         ledger.add(trial)
@@ -123,26 +155,21 @@ def judge(trial: Trial, objective: Objective) -> None:
     trial.score, trial.admissible = verdict.score, verdict.admissible
 
 
-def references(trials: Sequence[Trial], names: Sequence[str]) -> list[Trial]:
-    """Returns the trials of the defaults."""
-    return [trial for trial in trials if trial.settings.keys().isdisjoint(names)]
-
-
-def recommend(trials: Sequence[Trial], names: Sequence[str], objective: Objective) -> Trial | None:
-    """Returns the best admissible trial, of the defaults' the first alone; None if there is none."""
-    repeats = references(trials, names)[1:]
-    ranked = objective.rank([trial for trial in trials if trial not in repeats])
-    return next((trial for trial in ranked if trial.admissible), None)
-
-
-def noise(trials: Sequence[Trial], names: Sequence[str]) -> float | None:
-    """Returns by which share the defaults' scores differ, measured first and last; None if that isn't known."""
-    scores = [trial.score for trial in references(trials, names) if trial.score]
-    return max(scores) / min(scores) - 1 if len(scores) > 1 else None
+def without_retried(trials: Sequence[Trial], names: Sequence[str]) -> list[Trial]:
+    """Returns trials without the failed ones whose configuration was tried again later."""
+    last = {repr(trial.settings): trial.number for trial in searched(trials)}
+    return [
+        trial
+        for trial in trials
+        if trial.state == "done"
+        or trial.confirms is not None
+        or trial.settings.keys().isdisjoint(names)
+        or last[repr(trial.settings)] == trial.number
+    ]
 
 
 def _line(trial: Trial, configuration: Mapping[str, Any]) -> str:
-    what = describe(configuration)
+    what = describe(configuration) + ("" if trial.confirms is None else ", again")
     if trial.state == "failed":
         last = (trial.error or "").strip().splitlines()[-1:]
         return f"{trial.number}  {what}: failed: {' '.join(last)}"

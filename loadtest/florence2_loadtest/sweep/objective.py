@@ -36,7 +36,7 @@ class Objective:
 
     Of several levels a rate is the best one's among those that are admissible, since a server need not be loaded
     further than that; a latency is the worst one's, and all of them have to be admissible. A level isn't if a request
-    of it failed or was never sent.
+    of it failed or was never sent, or if the load generator set its figures.
 
     Attributes:
         name: ``throughput``, ``goodput``, or a latency: ``mean``, ``p50``, ``p90``, ``p95``, ``p99``.
@@ -77,12 +77,13 @@ class Objective:
         lost = (level.failed + level.unsent) / max(1, level.answered + level.failed + level.unsent)
         limit = self.constraint
         too_slow = 0.0 if limit is None else _statistic(level, limit.statistic) / limit.limit_s - 1
-        admissible = lost == 0 and (limit is None or limit.is_met(level.latency))
+        limited = level.generator.bottleneck is not None
+        admissible = lost == 0 and not limited and (limit is None or limit.is_met(level.latency))
         if self.name in RATES:
             score = level.throughput if self.name == "throughput" else level.goodput or 0.0
         else:
             score = _statistic(level, self.name)
-        return Verdict(score, admissible, max(too_slow, 0.0) + lost, level)
+        return Verdict(score, admissible, max(too_slow, 0.0) + lost + limited, level)
 
 
 def read_objective(name: str, constraint: Slo | None) -> Objective:

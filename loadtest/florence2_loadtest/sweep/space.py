@@ -13,7 +13,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from florence2_kserve.settings import Settings
-from florence2_loadtest.servers import VARIABLE, Half, check_name
+from florence2_loadtest.masking import VARIABLE, is_secret
+from florence2_loadtest.servers import Half, check_name
 
 UNSET = "unset"
 _WORDS_FOR_NONE = frozenset({UNSET, "null", "none", "~", ""})
@@ -129,6 +130,8 @@ def make_space(given: Mapping[str, Any], target: Half) -> Space:
         check_name(name, target)
         if name in NOT_SEARCHED:
             raise ValueError(f"{name} isn't searched over: {NOT_SEARCHED[name]}")
+        if is_secret(name):
+            raise ValueError(f"{name} isn't searched over: it is a secret, by its name: --set {name}=…")
         parameters[name] = _read_values(name, values)
     return Space(parameters)
 

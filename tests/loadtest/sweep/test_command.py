@@ -17,10 +17,14 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from florence2_loadtest.results import SweepResult, read_result
-from florence2_loadtest.scenario import ClosedLoad, MixItem, Pictures, Scenario
+from florence2_loadtest.results import SweepResult, Trial, read_result
+from florence2_loadtest.scenario import ClosedLoad, MixItem, Pictures, Scenario, read_scenario
+from florence2_loadtest.sweep.checkpoint import Checkpoint
 from florence2_loadtest.sweep.command import sweep
+from florence2_loadtest.sweep.fingerprint import fingerprint
+from florence2_loadtest.sweep.space import make_space
 from florence2_loadtest.sweep.trial import Bench, make_workload
+from tests.loadtest.sweep.trials import level
 
 COMMAND = [sys.executable, "-c", "import typer; from florence2_loadtest.sweep.command import sweep; typer.run(sweep)"]
 SCENARIO = """
@@ -57,6 +61,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_measures_nothing_twice_and_leaves_
     # No transformer takes 300 rows in a request, since its queue has 256: half of the servers don't start.
     arguments = [scenario, "--target", "transformer", "--output", output, "--constraint", "p95<30s"]
     arguments += ["--param", "max_rows=32,300", "--param", "max_asyncio_workers=1,2"]
+    arguments += ["--set", "env.SOME_TOKEN=verysecret"]
     checkpoint = output / "checkpoint.jsonl"
 
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL)
@@ -71,18 +76,21 @@ def test_a_sweep_killed_in_the_middle_goes_on_measures_nothing_twice_and_leaves_
     assert checkpoint.read_bytes().startswith(left)
     result = read_result(output / "result.json")
     assert isinstance(result, SweepResult)
-    assert [trial.number for trial in result.trials] == list(range(6))
-    assert [trial.settings for trial in result.trials] == [
-        {},
-        *({"max_rows": rows, "max_asyncio_workers": workers} for rows in (32, 300) for workers in (1, 2)),
-        {},
+    assert [trial.number for trial in result.trials] == list(range(6 + 6))
+    secret = {"env.SOME_TOKEN": "***"}
+    assert [trial.settings for trial in result.trials[:6]] == [
+        secret,
+        *({**secret, "max_rows": rows, "max_asyncio_workers": workers} for rows in (32, 300) for workers in (1, 2)),
+        secret,
     ]
-    assert [trial.state for trial in result.trials] == ["done", "done", "done", "failed", "failed", "done"]
+    assert [trial.state for trial in result.trials[:6]] == ["done", "done", "done", "failed", "failed", "done"]
+    assert sorted(trial.confirms or 0 for trial in result.trials[6:]) == [0, 0, 1, 1, 2, 2]
     assert "never fit max_queue_size" in (result.trials[3].error or "")
     assert result.best in (0, 1, 2)
     assert isinstance(yaml.safe_load((output / "values.yaml").read_text()), dict)
     lines = checkpoint.read_text().splitlines()
-    assert len(lines) == 1 + 6
+    assert len(lines) == 1 + 6 + 6
+    assert not any("verysecret" in path.read_text() for path in output.iterdir())
 
     again = run(*arguments)
     assert again.returncode == 0
@@ -117,6 +125,8 @@ def test_what_is_wrong_with_a_command_line_is_said_before_anything_is_written(
         ("--param", "max_rows=8,16", "--set", "max_rows=8"): "it is searched over",
         ("--param", "max_rows=8,16", "--objective", "goodput"): "the scenario names none",
         ("--param", "max_rows=8,16", "--constraint", "p95"): "looks like p95<2s",
+        ("--param", "max_rows=8,16", "--confirm", "1"): "--confirm 1 would tell nothing",
+        ("--param", "env.HF_TOKEN=a,b"): "env.HF_TOKEN isn't searched over: it is a secret",
         ("--param", "max_rows=8,16", "--grid", "replaced"): "one of --param, --space and --grid",
     }.items():
         done = invoke(scenario, *arguments, "--output", output)
@@ -132,6 +142,25 @@ def test_a_checkpoint_of_another_sweep_is_refused(scenario: Path, tmp_path: Path
     done = invoke(scenario, "--target", "predictor", "--param", "max_rows=8", "--output", checkpoint.parent)
     assert done.exit_code == 1
     assert "another sweep's, with another target" in _plain(done.output)
+
+
+def test_what_a_server_said_cannot_keep_the_result_from_being_written(
+    scenario: Path, tmp_path: Path, invoke: Callable[..., Any]
+) -> None:
+    settings = [{}, {"max_rows": 8}, {}]
+    error = {"state": "failed", "error": "no such folder [/models/large]"}
+    mark = fingerprint(
+        make_space({"max_rows": "8,16"}, "transformer"), read_scenario(scenario), "transformer", {}, answer_tokens=40
+    )
+    with Checkpoint(tmp_path / "output" / "checkpoint.jsonl", mark) as checkpoint:
+        for number, given in enumerate(settings):
+            done = error if given else {"levels": [level()]}
+            checkpoint.add(Trial.model_validate({"number": number, "settings": given, **done}))
+    arguments = ["--target", "transformer", "--param", "max_rows=8,16", "--trials", "1"]
+    done = invoke(scenario, *arguments, "--output", tmp_path / "output")
+    assert done.exit_code == 0, done.output
+    assert "no such folder [/models/large]" in done.output
+    assert isinstance(read_result(tmp_path / "output" / "result.json"), SweepResult)
 
 
 def _kill_once_it_measures_its_third(sweep: subprocess.Popen[bytes], checkpoint: Path) -> list[int]:

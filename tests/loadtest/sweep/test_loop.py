@@ -10,7 +10,8 @@ import pytest
 
 from florence2_loadtest.results import Level, Trial
 from florence2_loadtest.slo import parse_slo
-from florence2_loadtest.sweep.loop import Budget, Sweep, TrialFailed, noise, recommend
+from florence2_loadtest.sweep.confirmation import confirmations, decide
+from florence2_loadtest.sweep.loop import Budget, Sweep, TrialFailed, without_retried
 from florence2_loadtest.sweep.objective import Objective, read_objective
 from florence2_loadtest.sweep.search import Grid, Search, Tpe
 from florence2_loadtest.sweep.space import Space, make_space
@@ -82,7 +83,7 @@ def test_a_failed_configuration_is_recorded_and_the_sweep_goes_on() -> None:
         "KeyError: 'surprise'",
         "nothing was answered",
     ]
-    best = recommend(trials, list(GRID.parameters), THROUGHPUT)
+    best = decide(trials, list(GRID.parameters), THROUGHPUT).best
     assert best is trials[0]
 
 
@@ -112,7 +113,7 @@ def test_a_budget_of_time_counts_the_time_in_trials() -> None:
 
 def test_optuna_finds_the_top_of_a_hill_whose_shape_is_known() -> None:
     trials = run(WIDE, Tpe(WIDE, THROUGHPUT, seed=1), Hill(), Memory(), budget=Budget(trials=60))
-    best = recommend(trials, list(WIDE.parameters), THROUGHPUT)
+    best = decide(trials, list(WIDE.parameters), THROUGHPUT).best
     assert best is not None
     assert best.score is not None
     assert best.score > 0.95 * 200
@@ -123,7 +124,7 @@ def test_optuna_finds_the_top_of_a_hill_whose_shape_is_known() -> None:
 def test_optuna_stays_within_the_constraint() -> None:
     objective = read_objective("throughput", parse_slo("p95<1s"))  # fewer than 20 rows
     trials = run(WIDE, Tpe(WIDE, objective, seed=1), Hill(), Memory(), objective, budget=Budget(trials=60))
-    best = recommend(trials, list(WIDE.parameters), objective)
+    best = decide(trials, list(WIDE.parameters), objective).best
     assert best is not None
     assert 16 <= best.settings["max_batch_size"] < 20
     late = trials[-21:-1]
@@ -137,7 +138,7 @@ def test_optuna_goes_on_from_a_checkpoint_without_asking_again() -> None:
     assert len(hill.asked) == 30 + 1
     configurations = [tuple(trial.settings.items()) for trial in trials if trial.settings]
     assert len(set(configurations)) == len(configurations) == 60
-    best = recommend(trials, list(WIDE.parameters), THROUGHPUT)
+    best = decide(trials, list(WIDE.parameters), THROUGHPUT).best
     assert best is not None
     assert best.score is not None
     assert best.score > 0.95 * 200
@@ -159,7 +160,7 @@ def test_another_objective_judges_the_same_trials_anew() -> None:
     latency = read_objective("p95", None)
     again = run(WIDE, Tpe(WIDE, latency), Hill(), Memory(trials), latency, budget=Budget(trials=20))
     assert len(again) == len(trials)
-    best = recommend(again, list(WIDE.parameters), latency)
+    best = decide(again, list(WIDE.parameters), latency).best
     assert best is not None
     assert best.settings["max_batch_size"] == min(trial.settings.get("max_batch_size", 36) for trial in trials)
 
@@ -167,11 +168,90 @@ def test_another_objective_judges_the_same_trials_anew() -> None:
 def test_nothing_inadmissible_is_recommended() -> None:
     objective = read_objective("throughput", parse_slo("p95<1ms"))
     trials = run(GRID, Grid(GRID), Hill(), Memory(), objective)
-    assert recommend(trials, list(GRID.parameters), objective) is None
+    assert decide(trials, list(GRID.parameters), objective).best is None
 
 
-def test_noise_is_the_difference_between_the_defaults_first_and_last() -> None:
-    scores = iter([10.0, 50.0, 50.0, 50.0, 50.0, 11.0])
-    trials = run(GRID, Grid(GRID), lambda settings: [level(next(scores))], Memory())
-    assert noise(trials, list(GRID.parameters)) == pytest.approx(0.1)
-    assert noise(trials[:-1], list(GRID.parameters)) is None
+def test_the_three_best_and_the_defaults_are_measured_again_in_turn() -> None:
+    hill = Hill()
+    trials = run(GRID, Grid(GRID), hill, Memory(), confirm=2)
+    names = list(GRID.parameters)
+    again = confirmations(trials)
+    assert [trial.number for trial in trials] == list(range(6 + 8))
+    assert hill.asked[6:] == [trial.settings for trial in again]
+    assert all(trial.settings == trials[trial.confirms or 0].settings for trial in again)
+    order = [trial.confirms for trial in again]
+    assert order[0] == order[-1] == 0
+    assert order[:4] == order[:3:-1]
+    assert len(set(order)) == 4
+    assert decide(trials, names, THROUGHPUT).repeats == 2
+
+
+@pytest.mark.parametrize("ended_after", range(6, 15))
+def test_a_confirmation_that_was_cut_off_goes_on(ended_after: int) -> None:
+    whole = run(GRID, Grid(GRID), Hill(), Memory(), confirm=2)
+    hill = Hill()
+    trials = run(GRID, Grid(GRID), hill, Memory(whole[:ended_after]), confirm=2)
+    assert [trial.confirms for trial in trials] == [trial.confirms for trial in whole]
+    assert hill.asked == [trial.settings for trial in whole[ended_after:]]
+
+
+def test_a_search_that_went_on_is_confirmed_anew() -> None:
+    first = run(GRID, Grid(GRID), Hill(), Memory(), budget=Budget(trials=1), confirm=2)
+    more = run(GRID, Grid(GRID), Hill(), Memory(first), budget=Budget(trials=2), confirm=2)
+    assert [trial.confirms for trial in more] == [None] * 3 + [0, 1, 1, 0] + [None] * 2 + [0, *_by_score(more), 0]
+    assert len(confirmations(more)) == 6
+
+
+def _by_score(trials: list[Trial]) -> list[int]:
+    """Returns the two configurations' first trials as the two rounds between the defaults have them."""
+    best = sorted((trials[1], trials[7]), key=lambda trial: -(trial.score or 0))
+    return [trial.number for trial in (*best, *reversed(best))]
+
+
+def test_what_failed_is_measured_again_when_asked_for_and_stands_no_longer_as_failed() -> None:
+    broken = {"is": True}
+
+    def measure(settings: Mapping[str, Any]) -> list[Level]:
+        if broken["is"] and settings.get("max_batch_size") == 6:
+            raise TrialFailed("the port was taken")
+        return [level()]
+
+    first = run(GRID, Grid(GRID), measure, Memory())
+    broken["is"] = False
+    assert len(run(GRID, Grid(GRID), measure, Memory(first))) == len(first)
+    again = run(GRID, Grid(GRID), measure, Memory(first), retry_failed=True)
+    assert [trial.settings for trial in again[6:]] == [*(first[n].settings for n in (1, 2)), {}]
+    kept = without_retried(again, list(GRID.parameters))
+    assert {trial.state for trial in kept} == {"done"}
+    assert [trial.number for trial in kept] == [0, 3, 4, 5, 6, 7, 8]
+    assert len(run(GRID, Grid(GRID), measure, Memory(again), retry_failed=True)) == len(again)
+
+
+def test_a_confirmation_that_failed_is_done_anew_when_asked_for() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure(settings: Mapping[str, Any]) -> list[Level]:
+        asked.append(dict(settings))
+        if len(asked) == 8:
+            raise TrialFailed("the port was taken")
+        return [level()]
+
+    first = run(GRID, Grid(GRID), measure, Memory(), confirm=2)
+    assert [trial.state for trial in confirmations(first)].count("failed") == 1
+    again = run(GRID, Grid(GRID), measure, Memory(first), confirm=2, retry_failed=True)
+    assert len(again) == len(first) + 1 + 8
+    assert {trial.state for trial in confirmations(again)} == {"done"}
+
+
+def test_servers_get_secrets_and_the_ledger_does_not() -> None:
+    asked = []
+
+    def measure(settings: Mapping[str, Any]) -> list[Level]:
+        asked.append(settings["env.HF_TOKEN"])
+        raise TrialFailed("401 for hf_verysecret")
+
+    trials = run(GRID, Grid(GRID), measure, Memory(), fixed={"env.HF_TOKEN": "hf_verysecret", "env.A": "1"})
+    assert set(asked) == {"hf_verysecret"}
+    assert "verysecret" not in "".join(trial.model_dump_json() for trial in trials)
+    assert trials[0].settings == {"env.HF_TOKEN": "***", "env.A": "1"}
+    assert trials[0].error == "401 for ***"

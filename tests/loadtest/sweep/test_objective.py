@@ -42,6 +42,15 @@ def test_a_level_with_failures_is_not_admissible() -> None:
     assert not read_objective("p95", None).judge([failing, level(20)]).admissible
 
 
+def test_a_level_that_the_generator_set_is_not_admissible() -> None:
+    limited = level(50)
+    limited.generator.bottleneck = "it needed a whole processor"
+    verdict = read_objective("throughput", None).judge([limited])
+    assert not verdict.admissible
+    assert verdict.excess > 0
+    assert read_objective("throughput", None).judge([limited, level(20)]).score == 20
+
+
 def test_nothing_answered_is_worth_nothing() -> None:
     with pytest.raises(ValueError, match="nothing was answered"):
         read_objective("throughput", None).judge([level(answered=0, failed=3)])

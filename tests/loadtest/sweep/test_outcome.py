@@ -13,8 +13,9 @@ from florence2_loadtest.scenario import Scenario
 from florence2_loadtest.slo import parse_slo
 from florence2_loadtest.sweep.loop import judge
 from florence2_loadtest.sweep.objective import Objective, read_objective
-from florence2_loadtest.sweep.outcome import describe_noise, fingerprint, make_result, show, write
+from florence2_loadtest.sweep.outcome import make_result, show, write
 from florence2_loadtest.sweep.space import make_space
+from florence2_loadtest.trials import verdict
 from tests.loadtest.sweep.trials import level
 
 SPACE = make_space({"max_batch_size": "6,12,24"}, "both")
@@ -37,21 +38,62 @@ def result(
     return make_result(trials, SPACE, SCENARIO, "both", objective, limit), objective
 
 
+def confirmed(made: SweepResult, objective: Objective, again: list[tuple[int, float]]) -> SweepResult:
+    """Returns a sweep in which numbered trials were measured again with these scores."""
+    trials = list(made.trials)
+    for confirms, score in again:
+        given = {"number": len(trials), "settings": trials[confirms].settings, "confirms": confirms}
+        trials.append(Trial.model_validate({**given, "levels": [level(score, 10 / score)]}))
+        judge(trials[-1], objective)
+    return make_result(trials, SPACE, SCENARIO, "both", objective, made.constraint)
+
+
 @pytest.mark.parametrize(
-    ("scores", "how", "said"),
+    ("again", "how", "best", "said"),
     [
-        ((10, 20, 30, 11), {}, "differ by 10 %; the recommended values are 173 % better than the better of the two."),
-        ((10, 9, 10.5, 11), {}, "differ by 10 %; as far as that tells, the recommended values are no better."),
-        ((10, 9, 8, 11), {}, "differ by 10 %: smaller differences mean nothing."),
-        ((10, 20, 30, 11), {"name": "p95"}, "173 % better"),
-        ((10, 20, 30, 11), {"limit": "p95<600ms"}, "differ by 10 %, and aren't admissible."),
+        ([(0, 10), (2, 28), (2, 30), (0, 11)], {}, 2, "29.0 answers/s, the defaults 10.5 answers/s: 176 % better"),
+        ([(0, 10), (2, 10.4), (2, 10.6), (0, 11)], {}, 0, "no better, while figures of one configuration differ by"),
+        ([(0, 10), (2, 10.8), (2, 10.8), (0, 10.8)], {}, 0, "3.8 % better, while figures of one configuration differ"),
+        ([(0, 10), (2, 28), (2, 30), (0, 11)], {"name": "p95"}, 2, "have p95 0.345 s, the defaults 0.955 s"),
+        ([(0, 10), (2, 28), (2, 30), (0, 11)], {"limit": "p95<600ms"}, 2, "the defaults aren't admissible"),
+        ([(0, 10), (2, 1), (2, 1), (0, 10)], {"limit": "p95<2s"}, 0, "only the defaults are admissible"),
+        ([], {}, 2, "were not measured again, and the best of many is lucky too: no gain is claimed"),
     ],
 )
-def test_the_gain_is_told_beside_the_noise(
-    scores: tuple[float, float, float, float], how: dict[str, str], said: str
+def test_what_is_recommended_and_why(
+    again: list[tuple[int, float]], how: dict[str, str], best: int, said: str
 ) -> None:
-    made, _ = result(*scores, **how)  # type: ignore[arg-type]
-    assert said in (describe_noise(made) or "")
+    made = confirmed(*result(10, 20, 30, 11, **how), again)  # type: ignore[arg-type]
+    assert made.best == best
+    assert said in verdict(made)
+
+
+def test_errors_settings_and_names_are_printed_as_they_are() -> None:
+    made, objective = result(10, 20, 30, 11)
+    made.name = "[/night]"
+    made.trials[3].error = "OSError: no such folder [/models/large]"
+    made.trials[2].settings = {"max_batch_size": "[/bold]"}
+    text = io.StringIO()
+    show(made, objective, Console(file=text, width=120))
+    for shown in (
+        "[/night]: throughput",
+        "[/bold]",
+        "3 failed: max_batch_size 24: OSError: no such folder [/models/large]",
+    ):
+        assert shown in text.getvalue()
+
+
+def test_what_never_settled_and_what_was_measured_again_is_marked() -> None:
+    made, objective = result(10, 20, 30, 11)
+    made = confirmed(made, objective, [(0, 10), (2, 28), (2, 30), (0, 11)])
+    made.trials[1].levels[0].stable = False
+    text = io.StringIO()
+    show(made, objective, Console(file=text, width=160))
+    rows = {row.split("│")[1].strip(): row for row in text.getvalue().splitlines() if row.startswith("│")}
+    assert rows.keys() == {"0", "1", "2", "4"}
+    assert "recommended, again 28.0, 30.0" in rows["2"]
+    assert "not stable" in rows["1"]
+    assert "Not stable, measure for longer (window_s, max_windows): 1" in text.getvalue()
 
 
 def test_the_table_has_the_best_first_and_says_what_failed() -> None:
@@ -77,17 +119,3 @@ def test_files_are_written_and_an_outdated_recommendation_is_taken_away(tmp_path
     text = io.StringIO()
     show(none, objective, Console(file=text, width=120))
     assert "nothing is recommended" in text.getvalue()
-
-
-def test_a_fingerprint_has_what_trials_depend_on_and_not_what_they_are_judged_by() -> None:
-    base = fingerprint(SPACE, SCENARIO, "both", {})
-    others = [
-        fingerprint(make_space({"max_batch_size": "6,12"}, "both"), SCENARIO, "both", {}),
-        fingerprint(SPACE, SCENARIO.model_copy(update={"seed": 1}), "both", {}),
-        fingerprint(SPACE, SCENARIO, "predictor", {}),
-        fingerprint(SPACE, SCENARIO, "both", {"dtype": "bfloat16"}),
-        fingerprint(SPACE, SCENARIO, "both", {}, answer_tokens=3),
-    ]
-    assert all(other != base for other in others)
-    assert {"version", "host"} <= base.keys()
-    assert not {"objective", "constraint", "trials"} & base.keys()
