@@ -359,6 +359,7 @@ class Florence2Server(ModelServer):
         # The SDK's port, not the setting: with TLS it moves from 8080 to 8443.
         rest = _RestServer(self._settings, self.dataplane, self.model_repository_extension, self.http_port)
         grpc = _GrpcServer(self._settings, self.dataplane, self.model_repository_extension)
+        begun = [asyncio.create_task(begin()) for model in models if (begin := getattr(model, "begin", None))]
         rest_task = asyncio.create_task(rest.start())
         parts = [rest_task, *map(asyncio.ensure_future, self.servers)]
         if self.enable_grpc:
@@ -378,9 +379,9 @@ class Florence2Server(ModelServer):
                 if close := getattr(model, "close", None):
                     await close()
                 await asyncio.to_thread(model.stop)
-            for part in parts:
+            for part in (*parts, *begun):
                 part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            await asyncio.gather(*parts, *begun, return_exceptions=True)
         logger.info("stopped")
 
 

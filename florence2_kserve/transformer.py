@@ -145,6 +145,10 @@ class Florence2Transformer(CountedModel):
             return await self._predictor.is_ready(self.name)
         return self.ready
 
+    async def begin(self) -> None:
+        """Wakes the predictor if Knative has scaled it to zero: whoever made this replica start is about to need it."""
+        await self._predictor.is_ready(self.name)
+
     async def close(self) -> None:
         """Closes the connection to the predictor."""
         await self._predictor.close()

@@ -16,7 +16,7 @@ from grpc import aio
 from prometheus_client import REGISTRY
 
 from florence2_kserve import errors
-from florence2_kserve.local import free_port
+from florence2_kserve.local import LocalService, free_port
 from florence2_kserve.predictor_client import PredictorClient
 from florence2_kserve.protocol import wire
 from florence2_kserve.protocol.internal import GenerateCall
@@ -260,3 +260,22 @@ def test_replicas_that_were_all_replaced_are_found_anew():
 )
 def test_where_the_predictor_is(host, ssl, target):
     assert PredictorClient(Settings(predictor_host=host, predictor_use_ssl=ssl), 1)._target == target
+
+
+def test_a_transformer_that_starts_wakes_its_predictor_once():
+    """Of two components at zero the second one begins to start with the first, not when that is ready."""
+
+    async def calls_at_start() -> int:
+        port = free_port()
+        async with predictor("127.0.0.1", port) as calls:
+            transformer = LocalService("transformer", predictor_host=f"127.0.0.1:{port}")
+            await asyncio.to_thread(transformer.__enter__)
+            try:
+                while not calls["all"]:
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0.5)
+            finally:
+                await asyncio.to_thread(transformer.__exit__, None, None, None)
+            return calls["all"]
+
+    assert asyncio.run(asyncio.wait_for(calls_at_start(), 60)) == 1

@@ -38,7 +38,7 @@ BY_CPU: dict[str, Any] = {
 LARGE = {
     "name": "large-pictures",
     "pictures": {"scenes": 2, "width": 3072, "height": 3072},
-    "load": {"schedule": "steps:1/s,5s;2/s,30s"},
+    "load": {"schedule": "steps:1/s,5s;5/s,45s"},
     "timeout_s": 120,
     "retries": 8,
 }
@@ -127,7 +127,7 @@ def test_standard_scales_by_cpu_and_back(standard: Release, tmp_path: Path) -> N
         "--expect-replicas", "transformer>=2", "--expect", "gone<300s", "--wait-after", "300",
     )  # fmt: skip
     assert result.deployment_mode == "Standard"
-    assert result.level.answered == result.level.planned == 65
+    assert result.level.answered == result.level.planned == 230
     found = result.findings
     assert found["from_zero"] == []
     assert found["transformer"]["most_desired"] >= 2

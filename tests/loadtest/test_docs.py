@@ -31,7 +31,8 @@ def test_every_command_has_flags_that_there_are(line):
     command.make_context(name, arguments)
 
 
-@pytest.mark.slow  # measures for two minutes
+@pytest.mark.slow
+@pytest.mark.full  # minutes; what the commands do has tests of its own
 @pytest.mark.parametrize("script", blocks(TEXT, "sh"))
 def test_commands_do_what_they_say(script, tmp_path, monkeypatch, service):
     monkeypatch.chdir(tmp_path)

@@ -157,7 +157,7 @@ def test_the_default_stands_beside_the_best_with_the_values_it_has() -> None:
     plot = top_plot(sweep_result())
     assert plot is not None
     assert any(text.endswith("default") for text in texts(plot))
-    assert any(text.endswith("best") for text in texts(plot))
+    assert any(text.endswith("recommended") for text in texts(plot))
 
 
 def test_ratios_have_lines_at_one_and_at_the_goal() -> None:

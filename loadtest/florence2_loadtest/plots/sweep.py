@@ -58,7 +58,7 @@ def _draw_top(figure: FigureBase, result: SweepResult, shown: Sequence[Trial], d
         score = trial.score or 0.0
         colour = GREEN if trial.number == result.best else GREY if trial is default else BLUE
         axes.barh(place, score, height=0.62, color=colour)
-        words = (("best", trial.number == result.best), ("default", trial is default))
+        words = (("recommended", trial.number == result.best), ("default", trial is default))
         word = ", ".join(word for word, holds in words if holds)
         style.beside(axes, f"{formats.digits(score)}  {word}".rstrip(), score, place)
     axes.set_xlim(0, 1.25 * max(trial.score or 0.0 for trial in shown) or 1)
@@ -181,7 +181,7 @@ def _draw_trade(figure: FigureBase, result: SweepResult, points: Sequence[tuple[
         if best or trial is default:
             colour = GREEN if best else INK
             axes.scatter(*place, s=60, facecolor="none", edgecolor=colour, linewidths=1.4)
-            word = "best" if best else "default"
+            word = "recommended" if best else "default"
             axes.annotate(word, place, xytext=(7, 7 if best else -13), textcoords="offset points", color=colour)
     axes.margins(0.08, 0.14)
     if limit and axes.get_xlim()[0] < limit.limit_s < axes.get_xlim()[1]:

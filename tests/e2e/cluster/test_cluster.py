@@ -102,6 +102,7 @@ def pods(role: str, name: str) -> int:
     return len(get("pods", "-l", selector)["items"])
 
 
+@pytest.mark.full  # the chart's own tests need the same of the cluster
 def test_standard_mode_answers_rest_and_grpc_at_one_address(addresses: dict[str, str]) -> None:
     echo = container("echo", "--grpc_port=8081", ports={"http": 8080, "grpc": 8081})
     predictor = container("echo", "--model_name=behind", "--grpc_port=8081", ports={"h2c": 8081, "http": 8080})
@@ -113,6 +114,7 @@ def test_standard_mode_answers_rest_and_grpc_at_one_address(addresses: dict[str,
     assert call(addresses["INGRESS"], name, b"bytes") == b"bytes"
 
 
+@pytest.mark.full  # the chart's own tests need the same of the cluster
 def test_knative_mode_scales_to_zero_and_wakes_for_rest_and_grpc(addresses: dict[str, str]) -> None:
     transformer = container("echo", ports={"http1": 8080})
     predictor = container("echo", "--model_name=behind", "--http_port=8081", ports={"h2c": 8081})
@@ -130,6 +132,7 @@ def test_knative_mode_scales_to_zero_and_wakes_for_rest_and_grpc(addresses: dict
     answers()
 
 
+@pytest.mark.full  # the chart's own tests need the same of the cluster
 def test_cpu_is_measured_for_autoscaling(addresses: dict[str, str]) -> None:
     echo = container("echo", ports={"http": 8080})
     service("measured", "Standard", predictor=echo)
