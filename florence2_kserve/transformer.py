@@ -146,7 +146,7 @@ class Florence2Transformer(CountedModel):
         return self.ready
 
     async def begin(self) -> None:
-        """Wakes the predictor if Knative has scaled it to zero: whoever made this replica start is about to need it."""
+        """Wakes the predictor if Knative has scaled it to zero: whoever had this replica started needs both."""
         await self._predictor.is_ready(self.name)
 
     async def close(self) -> None:

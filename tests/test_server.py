@@ -252,6 +252,7 @@ def test_images_that_make_too_large_a_message_are_refused_with_413():
         assert "send fewer at once" in response.json()["error"]
 
 
+@pytest.mark.slow  # starts servers
 @pytest.mark.parametrize("flags", [{"model": "/no/such/folder"}, {"device": "cuda:7"}])
 def test_a_predictor_that_cannot_load_ends_with_the_reason(flags):
     if flags.get("device") == "cuda:7":
@@ -266,6 +267,7 @@ def test_a_predictor_that_cannot_load_ends_with_the_reason(flags):
     assert predictor.process.returncode == 1
 
 
+@pytest.mark.slow  # starts servers
 @pytest.mark.parametrize("command", ["transformer", "predictor"])
 def test_an_empty_volume_ends_a_server_with_one_line_that_says_so(command, tmp_path):
     host = {"predictor_host": "127.0.0.1:1"} if command == "transformer" else {}
