@@ -37,6 +37,7 @@ def servers() -> set[str]:
     return {line.decode() for line in lines if b"florence2_kserve.cli" in line}
 
 
+@pytest.mark.slow  # starts servers; quick tests ask a running service by the same command
 def test_infer_prints_one_answer(tmp_path, service):
     path = tmp_path / "white.png"
     Image.new("RGB", (80, 60), "white").save(path)

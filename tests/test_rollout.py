@@ -114,6 +114,7 @@ def test_no_request_is_lost_when_a_predictor_is_killed_or_ends_under_load(capsys
     assert len({str(answer) for _, answer in load.answers}) == 1
 
 
+@pytest.mark.slow  # starts servers
 def test_clients_of_a_server_that_ends_see_nothing_but_what_they_retry():
     drain = 2.0
     with LocalService(drain_seconds=drain) as service:

@@ -186,6 +186,7 @@ def test_a_client_that_goes_away_does_not_harm_others(service):
     assert requests.post(infer_url(service), json=body(), timeout=60).status_code == 200
 
 
+@pytest.mark.slow  # starts servers
 def test_serve_ends_when_its_predictor_does():
     with LocalService() as service:
         assert service.process is not None

@@ -35,6 +35,7 @@ main()
 """
 
 
+@pytest.mark.slow  # starts servers
 def test_servers_write_to_the_temporary_folder_and_the_cache_only(tmp_path, monkeypatch):
     writable = {name: tmp_path / name for name in ("tmp", "cache")}
     for folder in writable.values():
