@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 import requests
 
 from florence2_kserve.client import Florence2Client
