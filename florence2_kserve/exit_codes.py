@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Mapping
 from enum import IntEnum
 
 
@@ -25,3 +27,10 @@ class ExitCode(IntEnum):
         member._value_ = code
         member.meaning = meaning
         return member
+
+
+# How a command ends that a signal has asked to stop.
+SIGNAL_CODES: Mapping[signal.Signals, ExitCode] = {
+    signal.SIGINT: ExitCode.INTERRUPTED,
+    signal.SIGTERM: ExitCode.TERMINATED,
+}

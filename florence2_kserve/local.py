@@ -159,19 +159,24 @@ class LocalService:
         return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-lines:])
 
 
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns `environment` without the variables that would change a server's settings."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(ENV_PREFIX) and name != STORAGE_VARIABLE
+    }
+
+
 def _start(command: str, settings: Settings, fields: list[str]) -> subprocess.Popen[bytes]:
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name in dict.fromkeys(fields)
         if (value := getattr(settings, name)) != Settings.model_fields[name].default
     ]
-    # Flags say it all: a variable meant for the one process must not reach the other.
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX) and key != STORAGE_VARIABLE
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "florence2_kserve.cli", command, *flags],
-        env=environment,
+        env=without_settings(os.environ),  # flags say it all: what is meant for the one must not reach the other
         start_new_session=True,
         preexec_fn=partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None,
     )

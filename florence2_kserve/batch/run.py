@@ -9,7 +9,6 @@ many that were read meanwhile. Every picture takes the same way:
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from florence2_kserve.client import (
     InvalidRequestError,
     NotFoundError,
 )
-from florence2_kserve.exit_codes import ExitCode
+from florence2_kserve.exit_codes import SIGNAL_CODES, ExitCode
 from florence2_kserve.protocol.public import INPUT_IMAGE, INPUTS
 
 if TYPE_CHECKING:
@@ -208,13 +207,12 @@ class Batch:
                     worker.cancel()
             loop.call_later(self._plan.grace, self._drop_all)
 
-        codes = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-        for number, code in codes.items():
+        for number, code in SIGNAL_CODES.items():
             loop.add_signal_handler(number, stop, code)
         try:
             yield
         finally:
-            for number in codes:
+            for number in SIGNAL_CODES:
                 loop.remove_signal_handler(number)
 
     def _drop_all(self) -> None:

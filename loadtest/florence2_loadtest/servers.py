@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from florence2_kserve.local import LocalService
-from florence2_kserve.settings import ENV_PREFIX, PREDICTOR_FIELDS, STORAGE_VARIABLE, TRANSFORMER_FIELDS, Settings
+from florence2_kserve.local import LocalService, without_settings
+from florence2_kserve.settings import ENV_PREFIX, PREDICTOR_FIELDS, TRANSFORMER_FIELDS, Settings
 from florence2_loadtest.masking import VARIABLE, masked
 from florence2_loadtest.results import Target
 from florence2_loadtest.sweep.instant_predictor import DEFAULT_TOKENS, InstantPredictor
@@ -33,7 +33,7 @@ class Servers:
         settings: Fields of Settings and variables (``env.OMP_NUM_THREADS``) by name; None leaves a default. What both
             halves take goes to both.
         target: ``both``; ``transformer``: beside a predictor that answers at once, so that it is measured alone;
-            ``predictor``: requests are then those of the internal protocol, see `PredictorWorkload`.
+            ``predictor``: requests are then those of the internal protocol, see `predictor_workload`.
         protocol: What clients are to speak; the predictor alone is asked over gRPC in any case.
         keep_alive: Whether they keep connections.
         start_s: Time until a server has to be ready.
@@ -155,10 +155,5 @@ def check_name(name: str, target: Half) -> None:
 def environment(settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns a server's variables: this process's, without what would change settings, and those of `settings`."""
     # Flags say it all: what is measured is what is said to be.
-    kept = {name: value for name, value in os.environ.items() if not _is_a_setting(name)}
     given = {name.removeprefix(VARIABLE): str(value) for name, value in settings.items() if name.startswith(VARIABLE)}
-    return {**kept, **given}
-
-
-def _is_a_setting(variable: str) -> bool:
-    return variable.startswith(ENV_PREFIX) or variable == STORAGE_VARIABLE
+    return {**without_settings(os.environ), **given}

@@ -8,7 +8,7 @@ from florence2_kserve.settings import Settings
 from florence2_loadtest import formats
 from florence2_loadtest.results import Level, SweepResult, Trial
 from florence2_loadtest.slo import Slo, parse_slo
-from florence2_loadtest.sweep.confirmation import Decision, decide, references, searched
+from florence2_loadtest.sweep.confirmation import Decision, decide, is_reference, ranked_once, references
 from florence2_loadtest.sweep.objective import Objective, read_objective
 
 
@@ -28,9 +28,7 @@ def slo_of(result: SweepResult) -> Slo | None:
 
 def ranked(result: SweepResult) -> list[Trial]:
     """Returns admissible trials, the best first; of the defaults' repeats the first alone."""
-    repeats = references(result.trials, list(result.space))[1:]
-    once = [trial for trial in searched(result.trials) if trial not in repeats]
-    return [trial for trial in objective_of(result).rank(once) if trial.admissible is not False]
+    return ranked_once(result.trials, list(result.space), objective_of(result))
 
 
 def best_trial(result: SweepResult) -> Trial | None:
@@ -78,7 +76,7 @@ def verdict(result: SweepResult) -> str:
     made = decision_of(result)
     if made.best is None:
         return "No configuration is admissible: nothing is recommended."
-    is_default = made.best.settings.keys().isdisjoint(result.space)
+    is_default = is_reference(made.best, result.space)
     if not made.repeats:
         if is_default:
             return "Nothing did better than the defaults, which are recommended."

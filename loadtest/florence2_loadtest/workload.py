@@ -76,6 +76,11 @@ class Workload:
         raise TypeError("a workload has no end")
 
     @property
+    def variety(self) -> int:
+        """How many different requests there are."""
+        return sum(map(len, self._bodies))
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks that are asked, each once."""
         return list(dict.fromkeys(bodies[0].task for bodies in self._bodies))

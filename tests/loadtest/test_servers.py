@@ -18,7 +18,7 @@ from florence2_kserve.settings import ENV_PREFIX, STORAGE_VARIABLE
 from florence2_loadtest.scenario import MixItem, Pictures, Scenario
 from florence2_loadtest.servers import Servers, environment
 from florence2_loadtest.sweep.instant_predictor import InstantPredictor, canned_sequence
-from florence2_loadtest.sweep.predictor_workload import PredictorWorkload
+from florence2_loadtest.sweep.predictor_workload import predictor_workload
 
 TASKS = ["<CAPTION>", "<OD>", "<OCR_WITH_REGION>", "<CAPTION_TO_PHRASE_GROUNDING>", "<REGION_TO_CATEGORY>"]
 
@@ -53,7 +53,7 @@ def test_the_canned_answer_has_the_length_asked_for() -> None:
 
 def test_requests_to_a_predictor_alone_are_the_same_each_time_and_one_for_each_picture_and_task() -> None:
     scenario = Scenario(mix=[MixItem(task=task) for task in TASKS], pictures=Pictures(scenes=2))
-    first, second = PredictorWorkload(scenario, "florence2"), PredictorWorkload(scenario, "florence2")
+    first, second = predictor_workload(scenario, "florence2"), predictor_workload(scenario, "florence2")
     bodies = {first[index].body for index in range(100)}
     assert len(bodies) == 2 * len(TASKS)
     assert [first[index] for index in range(50)] == [second[index] for index in range(50)]
@@ -63,7 +63,7 @@ def test_requests_to_a_predictor_alone_are_the_same_each_time_and_one_for_each_p
 def test_pixels_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("florence2_loadtest.sweep.predictor_workload._MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"16 requests make .* GiB of pixels"):
-        PredictorWorkload(Scenario(), "florence2")
+        predictor_workload(Scenario(), "florence2")
 
 
 @pytest.mark.slow

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from florence2_kserve.exit_codes import ExitCode
+from florence2_kserve.exit_codes import SIGNAL_CODES, ExitCode
 from florence2_loadtest.results import AutoscaleResult, Record
-
-_CODES = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
 
 
 class Interrupted(Exception):
@@ -46,7 +43,7 @@ class Signals:
             task.cancel()
             self._forget(loop)
 
-        for number, code in _CODES.items():
+        for number, code in SIGNAL_CODES.items():
             loop.add_signal_handler(number, stop, code)
         try:
             yield
@@ -55,5 +52,5 @@ class Signals:
 
     @staticmethod
     def _forget(loop: asyncio.AbstractEventLoop) -> None:
-        for number in _CODES:
+        for number in SIGNAL_CODES:
             loop.remove_signal_handler(number)

@@ -141,9 +141,8 @@ def _failed(result: SweepResult) -> int:
 
 def top_table(result: SweepResult) -> Table | None:
     """The best configurations, and the default beside them."""
-    default, shown = default_trial(result), ranked(result)[:TOP]
-    if default is not None and default not in shown:
-        shown.append(default)
+    default, best = default_trial(result), ranked(result)[:TOP]
+    shown = best if default is None or default in best else [*best, default]
     rows = []
     for place, trial in enumerate(shown, 1):
         level = representative(trial, result)
@@ -151,7 +150,7 @@ def top_table(result: SweepResult) -> Table | None:
         rows.append(
             Row(
                 [
-                    str(place) if trial in ranked(result)[:TOP] else NOTHING,
+                    str(place) if trial in best else NOTHING,
                     label(trial, result) + {"best": " (recommended)", "default": " (default)"}.get(mark, ""),
                     digits(trial.score),
                     ratio(gain(trial, default)),

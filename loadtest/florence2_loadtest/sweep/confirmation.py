@@ -7,7 +7,7 @@ of the best and the defaults are measured again, in turn, and these figures alon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -48,7 +48,12 @@ class Decision:
 
 def references(trials: Sequence[Trial], names: Sequence[str]) -> list[Trial]:
     """Returns the trials of the defaults, first and last, without those that confirm."""
-    return [trial for trial in searched(trials) if trial.settings.keys().isdisjoint(names)]
+    return [trial for trial in searched(trials) if is_reference(trial, names)]
+
+
+def is_reference(trial: Trial, names: Iterable[str]) -> bool:
+    """Whether a trial is of the defaults: none of the searched settings is given."""
+    return trial.settings.keys().isdisjoint(names)
 
 
 def searched(trials: Sequence[Trial]) -> list[Trial]:
@@ -66,7 +71,7 @@ def ranked_once(trials: Sequence[Trial], names: Sequence[str], objective: Object
     """Returns admissible trials, the best first; of the defaults' one alone."""
     repeats = {trial.number for trial in _scored(references(trials, names))[1:]}
     once = [trial for trial in searched(trials) if trial.number not in repeats]
-    return [trial for trial in objective.rank(once) if trial.admissible]
+    return [trial for trial in objective.rank(once) if trial.admissible is not False]
 
 
 def to_confirm(trials: Sequence[Trial], names: Sequence[str], objective: Objective, repeats: int) -> list[Trial]:
@@ -75,7 +80,7 @@ def to_confirm(trials: Sequence[Trial], names: Sequence[str], objective: Objecti
     The order turns with each round, so that a machine which becomes slower does so for all.
     """
     ranked = ranked_once(trials, names, objective)
-    candidates = [trial for trial in ranked if not trial.settings.keys().isdisjoint(names)][:CANDIDATES]
+    candidates = [trial for trial in ranked if not is_reference(trial, names)][:CANDIDATES]
     if not candidates:
         return []
     round_ = [*_scored(references(trials, names))[:1], *candidates]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from florence2_loadtest.masking import hide, masked
 from florence2_loadtest.results import Level, Trial
-from florence2_loadtest.sweep.confirmation import confirmations, references, searched, to_confirm
+from florence2_loadtest.sweep.confirmation import confirmations, is_reference, references, searched, to_confirm
 from florence2_loadtest.sweep.objective import Objective
 from florence2_loadtest.sweep.search import Search
 from florence2_loadtest.sweep.values import figures
@@ -84,7 +84,7 @@ class Sweep:
         for trial in ledger.trials:
             judge(trial, self.objective)
         for trial in searched(ledger.trials):
-            if not self._is_reference(trial):
+            if not is_reference(trial, self.names):
                 self.search.tell(self._configuration(trial), trial)
         if ledger.trials:
             self.say(f"going on after {len(ledger.trials)} trials")
@@ -93,7 +93,7 @@ class Sweep:
             self._try(ledger, {})
         while self._may_go_on(ledger) and (configuration := self.search.next()) is not None:
             self.search.tell(configuration, self._try(ledger, configuration))
-        if not self._is_reference(searched(ledger.trials)[-1]):
+        if not is_reference(searched(ledger.trials)[-1], self.names):
             self._try(ledger, {})
         for trial in to_confirm(ledger.trials, self.names, self.objective, self.confirm):
             self._try(ledger, self._configuration(trial), confirms=trial.number)
@@ -106,7 +106,7 @@ class Sweep:
         if (defaults := references(trials, self.names)) and all(trial.state == "failed" for trial in defaults):
             self._try(ledger, {})
         for trial in trials:
-            if trial.state == "failed" and not self._is_reference(trial):
+            if trial.state == "failed" and not is_reference(trial, self.names):
                 configuration = self._configuration(trial)
                 self.search.tell(configuration, self._try(ledger, configuration))
         if any(trial.state == "failed" for trial in again):
@@ -114,11 +114,10 @@ class Sweep:
 
     def _may_go_on(self, ledger: Ledger) -> bool:
         trials = searched(ledger.trials)
-        configurations = [trial for trial in without_retried(trials, self.names) if not self._is_reference(trial)]
+        configurations = [
+            trial for trial in without_retried(trials, self.names) if not is_reference(trial, self.names)
+        ]
         return self.budget.allows_another(len(configurations), sum(trial.seconds for trial in trials))
-
-    def _is_reference(self, trial: Trial) -> bool:
-        return trial.settings.keys().isdisjoint(self.names)
 
     def _configuration(self, trial: Trial) -> dict[str, Any]:
         return {name: trial.settings[name] for name in self.names if name in trial.settings}
@@ -163,7 +162,7 @@ def without_retried(trials: Sequence[Trial], names: Sequence[str]) -> list[Trial
         for trial in trials
         if trial.state == "done"
         or trial.confirms is not None
-        or trial.settings.keys().isdisjoint(names)
+        or is_reference(trial, names)
         or last[repr(trial.settings)] == trial.number
     ]
 

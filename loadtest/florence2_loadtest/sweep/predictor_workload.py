@@ -23,8 +23,10 @@ _MOST_BYTES = 4 * 1024**3
 _MOST_PIXELS = 2**30  # pictures are the scenario's own
 
 
-class PredictorWorkload(Workload):
-    """The requests of `build_workload`, decoded, resized and tokenised beforehand.
+def predictor_workload(
+    scenario: Scenario, model_name: str, model: str = "embedded", revision: str | None = None
+) -> Workload:
+    """Returns the requests of `build_workload`, decoded, resized and tokenised beforehand.
 
     Args:
         scenario: What is asked about which pictures.
@@ -36,22 +38,15 @@ class PredictorWorkload(Workload):
         ValueError: If the scenario can't be prepared, or its requests don't fit into memory.
         ModelFilesError: If there is no such checkpoint.
     """
-
-    def __init__(
-        self, scenario: Scenario, model_name: str, model: str = "embedded", revision: str | None = None
-    ) -> None:
-        public = build_workload(scenario.model_copy(update={"protocol": "grpc", "encoding": "binary"}), model_name)
-        processor = Processor.load(locate_model(model, revision=revision, with_weights=False))
-        count = sum(len(bodies) for bodies in public._bodies)
-        if (size := count * processor.image.height * processor.image.width * 3) > _MOST_BYTES:
-            raise ValueError(
-                f"{count} requests make {size / 1024**3:.1f} GiB of pixels, more than {_MOST_BYTES / 1024**3:.0f}: "
-                "take fewer pictures or tasks"
-            )
-        prepare = partial(to_internal, processor=processor)
-        super().__init__(
-            [[prepare(body) for body in bodies] for bodies in public._bodies], public._weights, public._seed
+    public = build_workload(scenario.model_copy(update={"protocol": "grpc", "encoding": "binary"}), model_name)
+    processor = Processor.load(locate_model(model, revision=revision, with_weights=False))
+    count = public.variety
+    if (size := count * processor.image.height * processor.image.width * 3) > _MOST_BYTES:
+        raise ValueError(
+            f"{count} requests make {size / 1024**3:.1f} GiB of pixels, more than {_MOST_BYTES / 1024**3:.0f}: "
+            "take fewer pictures or tasks"
         )
+    return public.mapped(partial(to_internal, processor=processor))
 
 
 def to_internal(prepared: Prepared, processor: Processor) -> Prepared:

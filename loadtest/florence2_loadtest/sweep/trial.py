@@ -15,7 +15,7 @@ from florence2_loadtest.scenario import Scenario
 from florence2_loadtest.servers import Half, Servers
 from florence2_loadtest.sweep.instant_predictor import DEFAULT_TOKENS
 from florence2_loadtest.sweep.loop import TrialFailed
-from florence2_loadtest.sweep.predictor_workload import PredictorWorkload
+from florence2_loadtest.sweep.predictor_workload import predictor_workload
 from florence2_loadtest.workload import Workload, build_workload
 
 
@@ -100,5 +100,5 @@ def make_workload(scenario: Scenario, target: Half, settings: Mapping[str, Any])
         str(settings.get(name) or Settings.model_fields[name].default) for name in ("model_name", "model")
     )
     if target == "predictor":
-        return PredictorWorkload(scenario, model_name, model, settings.get("model_revision"))
+        return predictor_workload(scenario, model_name, model, settings.get("model_revision"))
     return build_workload(scenario, model_name)
